@@ -1,0 +1,6 @@
+"""Runs a schedule for real: weights streamed through a budgeted device, attention on the CPU."""
+
+from executor.checkpoint import Checkpoint, make_checkpoint
+from executor.generate import Executor, GenerationResult, generate
+
+__all__ = ["Checkpoint", "Executor", "GenerationResult", "generate", "make_checkpoint"]

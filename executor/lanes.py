@@ -1,0 +1,227 @@
+"""The lanes for real: one worker per lane, on a CUDA stream where the lane belongs to the GPU.
+
+Each worker walks its lane's tasks in schedule order. Before a task it waits for the task's
+dependencies: in host memory for work done by host threads, through events for work on streams. A GPU
+lane only has to wait until a dependency on another stream has been *issued*; the stream does the rest.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+import time
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import numpy as np
+import torch
+
+from hrm.errors import InvalidValue
+from simulator.task import LANES, OPS, Lane, Op, Schedule
+
+__all__ = ["Handler", "PacedLink", "lane_threads", "run_lanes"]
+
+Handler = Callable[[int, int, int, float], None]
+"""Runs a task: (step, layer, part, moment at which its dependencies were met)."""
+
+_WAKE_UP_SLACK_S = 3e-4
+_GPU_LANES = (Lane.GPU, Lane.H2D, Lane.D2H)
+
+
+def lane_threads() -> dict[Lane, int]:
+    """Threads that each lane's kernels may use on a machine without a GPU: half the cores each."""
+    half = max(1, (os.cpu_count() or 2) // 2)
+    return {Lane.GPU: half, Lane.CPU: half, Lane.H2D: 1, Lane.D2H: 1, Lane.PIN: 1}
+
+
+class PacedLink:
+    """One direction of the link on a machine without a GPU: real copies, no faster than a stated rate.
+
+    The copy goes chunk by chunk and sleeps when it is ahead of the pace. Transfers that wait in line
+    follow each other without a gap, as on a copy engine.
+    """
+
+    def __init__(self, bandwidth: float | None) -> None:
+        if bandwidth is not None and not bandwidth > 0:
+            raise InvalidValue(f"link bandwidth must be > 0: {bandwidth}")
+        self.bandwidth = bandwidth
+        self._free_at = 0.0
+
+    def copy(self, target: torch.Tensor, source: torch.Tensor, ready: float = 0.0) -> None:
+        """Copy between contiguous tensors of one shape.
+
+        Parameters
+        ----------
+        ready : float
+            `time.perf_counter` moment since which the transfer has been waiting.
+        """
+        if self.bandwidth is None:
+            target.copy_(source)
+            return
+        begin = max(self._free_at, ready) if ready else time.perf_counter()
+        size = source.numel()
+        width = source.element_size()
+        # About a millisecond of link time: long enough for sleep, short enough to be smooth.
+        chunk = max(65536, int(self.bandwidth * 1e-3)) // width
+        flat_target, flat_source = target.view(-1), source.view(-1)
+        for first in range(0, size, chunk):
+            last = min(first + chunk, size)
+            flat_target[first:last].copy_(flat_source[first:last])
+            ahead = begin + last * width / self.bandwidth - time.perf_counter()
+            if ahead > 2e-5:
+                time.sleep(ahead)
+        # A late wake-up is not the link's time; a copy that could not keep the pace is.
+        due, now = begin + size * width / self.bandwidth, time.perf_counter()
+        self._free_at = due if now - due < _WAKE_UP_SLACK_S else now
+
+
+class _Failure:
+    """The first error of any worker; the others stop at their next task."""
+
+    def __init__(self) -> None:
+        self.error: BaseException | None = None
+        self._lock = threading.Lock()
+
+    def set(self, error: BaseException) -> None:
+        with self._lock:
+            self.error = self.error or error
+
+
+def run_lanes(
+    schedule: Schedule,
+    handlers: Mapping[Op, Handler],
+    *,
+    device: torch.device,
+    on_done: Callable[[Op, int], None] | None = None,
+) -> tuple[np.ndarray, np.ndarray]:
+    """Run every task of a schedule on its lane.
+
+    Parameters
+    ----------
+    schedule : Schedule
+    handlers : mapping
+        What each class of task does.
+    device : torch.device
+        ``cuda``: GPU lanes are streams. ``cpu``: every lane is a host thread.
+    on_done : callable, optional
+        Called with (class, step) from the worker after each task, for progress bars.
+
+    Returns
+    -------
+    start, end : ndarray
+        Seconds since the first task could start.
+
+    Raises
+    ------
+    Exception
+        The first exception of any task, after all lanes have stopped.
+    """
+    schedule.order()  # raises before anything runs if it cannot progress
+    n = len(schedule)
+    cuda = device.type == "cuda"
+    lanes = schedule.lane.tolist()
+    first, deps = schedule.dep_start.tolist(), schedule.deps.tolist()
+    ops, steps = schedule.op.tolist(), schedule.step.tolist()
+    layers, parts = schedule.layer.tolist(), schedule.part.tolist()
+    owner = np.repeat(np.arange(n), np.diff(schedule.dep_start))
+    crossing = np.unique(schedule.deps[schedule.lane[schedule.deps] != schedule.lane[owner]])
+    signal: dict[int, threading.Event] = {int(i): threading.Event() for i in crossing}
+    start, end = [0.0] * n, [0.0] * n
+    marks: list[tuple[Any, Any] | None] = [None] * n
+    failure = _Failure()
+    threads_of = lane_threads()
+    gate = threading.Barrier(sum(1 for lane in LANES if len(schedule.lane_tasks(lane))) + 1)
+    streams = {lane: torch.cuda.Stream(device) for lane in _GPU_LANES} if cuda else {}
+    origin: Any = None
+
+    def host_task(task: int, handler: Handler) -> None:
+        ready = 0.0
+        for dep in deps[first[task] : first[task + 1]]:
+            if dep in signal and lanes[dep] != lanes[task]:
+                signal[dep].wait()
+                mark = marks[dep]
+                if mark is not None:
+                    mark[1].synchronize()
+            ready = max(ready, end[dep])
+        if failure.error is not None:
+            return
+        start[task] = time.perf_counter()
+        handler(steps[task], layers[task], parts[task], ready)
+        end[task] = time.perf_counter()
+
+    def stream_task(task: int, handler: Handler, stream: Any) -> None:
+        for dep in deps[first[task] : first[task + 1]]:
+            if dep in signal and lanes[dep] != lanes[task]:
+                signal[dep].wait()
+                mark = marks[dep]
+                if mark is not None:
+                    stream.wait_event(mark[1])
+        if failure.error is not None:
+            return
+        begin, stop = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        begin.record(stream)
+        handler(steps[task], layers[task], parts[task], 0.0)
+        stop.record(stream)
+        marks[task] = (begin, stop)
+
+    def work(lane: Lane) -> None:
+        try:
+            torch.set_num_threads(threads_of[lane] if not cuda or lane in (Lane.PIN,) else (os.cpu_count() or 1))
+            stream = streams.get(lane)
+            with torch.inference_mode(), torch.cuda.stream(stream):
+                gate.wait()
+                for task in schedule.lane_tasks(lane).tolist():
+                    handler = handlers[OPS[ops[task]]]
+                    if stream is None:
+                        host_task(task, handler)
+                    else:
+                        stream_task(task, handler, stream)
+                    if failure.error is not None:
+                        break
+                    if task in signal:
+                        signal[task].set()
+                    if on_done:
+                        on_done(OPS[ops[task]], steps[task])
+                if stream is not None:
+                    stream.synchronize()
+        except BaseException as error:
+            failure.set(error)
+            gate.abort()
+        finally:
+            if failure.error is not None:
+                for event in signal.values():
+                    event.set()
+
+    workers = [
+        threading.Thread(target=work, args=(lane,), name=f"lane-{lane.value}", daemon=True)
+        for lane in LANES
+        if len(schedule.lane_tasks(lane))
+    ]
+    for worker in workers:
+        worker.start()
+    if cuda:
+        torch.cuda.synchronize(device)
+        origin = torch.cuda.Event(enable_timing=True)
+        origin.record()
+        origin.synchronize()
+    zero = time.perf_counter()
+    try:
+        gate.wait()
+        for worker in workers:
+            worker.join()
+    except threading.BrokenBarrierError:
+        pass
+    except BaseException as error:  # Ctrl-C: stop the lanes before leaving
+        failure.set(error)
+        for event in signal.values():
+            event.set()
+    for worker in workers:
+        worker.join()
+    if failure.error is not None:
+        raise failure.error
+    begin_s, end_s = np.array(start) - zero, np.array(end) - zero
+    for task, mark in enumerate(marks):
+        if mark is not None:
+            begin_s[task] = origin.elapsed_time(mark[0]) / 1e3
+            end_s[task] = origin.elapsed_time(mark[1]) / 1e3
+    return begin_s, end_s

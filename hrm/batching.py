@@ -1,0 +1,72 @@
+"""Request batching, Algorithm 2 of MoE-Lightning: balanced micro-batches of prompts of any length."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from hrm.errors import InvalidValue
+
+__all__ = ["micro_batches"]
+
+
+def micro_batches(
+    prompt_lens: Sequence[int],
+    *,
+    num_micro_batches: int,
+    micro_batch_size: int,
+    gen_len: int = 0,
+    cache_tokens: int | None = None,
+) -> tuple[list[list[int]], list[int]]:
+    """Spread requests over micro-batches so that each has about as many prompt tokens.
+
+    Requests are taken longest first; each goes to the open micro-batch with the fewest prompt tokens.
+    A micro-batch closes when it holds `micro_batch_size` requests. A request that would exceed the
+    micro-batch's KV room is put off to the next batch.
+
+    Parameters
+    ----------
+    prompt_lens : sequence of int
+        Prompt length of each waiting request, tokens.
+    num_micro_batches, micro_batch_size : int
+        G and μ.
+    gen_len : int
+        Tokens each request will generate.
+    cache_tokens : int, optional
+        KV room of one micro-batch in tokens; unlimited if None.
+
+    Returns
+    -------
+    batches : list of list of int
+        Indices into `prompt_lens`, one list per non-empty micro-batch.
+    deferred : list of int
+        Indices left for the next batch, in order of arrival.
+
+    References
+    ----------
+    MoE-Lightning, arXiv 2411.11217, Algorithm 2.
+
+    Examples
+    --------
+    >>> micro_batches([5, 9, 1, 3], num_micro_batches=2, micro_batch_size=2)
+    ([[1, 2], [0, 3]], [])
+    """
+    if num_micro_batches < 1 or micro_batch_size < 1:
+        raise InvalidValue(
+            f"number and size of micro-batches must be >= 1: {num_micro_batches}, {micro_batch_size}"
+        )
+    groups: list[list[int]] = [[] for _ in range(num_micro_batches)]
+    tokens = [0] * num_micro_batches
+    deferred = []
+    for index in sorted(range(len(prompt_lens)), key=lambda i: (-prompt_lens[i], i)):
+        open_groups = [g for g in range(num_micro_batches) if len(groups[g]) < micro_batch_size]
+        if not open_groups:
+            deferred.append(index)
+            continue
+        target = min(open_groups, key=lambda g: (tokens[g], g))
+        room = tokens[target] + prompt_lens[index] + (len(groups[target]) + 1) * gen_len
+        if cache_tokens is not None and room > cache_tokens:
+            deferred.append(index)
+            continue
+        groups[target].append(index)
+        tokens[target] += prompt_lens[index]
+    return [group for group in groups if group], sorted(deferred)

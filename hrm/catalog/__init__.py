@@ -1,0 +1,51 @@
+"""Facts with sources: machines, models and workloads by name. Data files only; this module finds them."""
+
+from __future__ import annotations
+
+from importlib import resources
+from pathlib import Path
+
+from hrm.errors import UnknownName
+from hrm.hardware import Hardware
+from hrm.model import MoEModel
+from hrm.workload import Workload
+
+__all__ = ["load_hardware", "load_model", "load_workload", "names"]
+
+_SUFFIXES = {"hardware": (".toml", ".json"), "models": (".json",), "workloads": (".toml",)}
+_KINDS = {"hardware": "hardware", "models": "model", "workloads": "workload"}
+
+
+def _folder(kind: str) -> Path:
+    return Path(str(resources.files("hrm.catalog") / kind))
+
+
+def names(kind: str) -> list[str]:
+    """Names of all entries of a kind: "hardware", "models" or "workloads"."""
+    return sorted(p.stem for p in _folder(kind).iterdir() if p.suffix in _SUFFIXES[kind])
+
+
+def _find(kind: str, name: str) -> Path:
+    path = Path(name)
+    if path.exists() or path.suffix in _SUFFIXES[kind] or len(path.parts) > 1:
+        return path
+    for suffix in _SUFFIXES[kind]:
+        entry = _folder(kind) / f"{name}{suffix}"
+        if entry.exists():
+            return entry
+    raise UnknownName.of(_KINDS[kind], name, names(kind))
+
+
+def load_hardware(name: str) -> Hardware:
+    """A machine by catalog name or path."""
+    return Hardware.from_file(_find("hardware", name))
+
+
+def load_model(name: str) -> MoEModel:
+    """A model by catalog name, or by path of a config.json or a checkpoint folder."""
+    return MoEModel.from_file(_find("models", name))
+
+
+def load_workload(name: str) -> Workload:
+    """A workload by catalog name or path."""
+    return Workload.from_file(_find("workloads", name))

@@ -1,0 +1,486 @@
+"""A machine: memory levels with their processors, the links between them, and the rates they attain.
+
+`MemoryLevel` and `Link` hold what a data sheet says, each number with where it comes from. `Rates` hold
+what kernels attain on it; a machine has one or more sets of them (``spec`` is derived from the data
+sheet, ``paper``, ``measured`` and ``fitted`` come from files). No efficiency stands in code.
+"""
+
+from __future__ import annotations
+
+import bisect
+import json
+import tomllib
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, field, fields, replace
+from pathlib import Path
+from typing import Any, Literal, Self
+
+import numpy as np
+
+from hrm.errors import InvalidConfig, InvalidValue, UnknownName
+from hrm.units import (
+    format_bandwidth,
+    format_bytes,
+    format_flops,
+    parse_bandwidth,
+    parse_bytes,
+    parse_flops,
+    parse_seconds,
+)
+
+__all__ = ["RATE_SETS", "Curve", "Hardware", "Link", "MemoryLevel", "Provenance", "Quantity", "Rates"]
+
+Provenance = Literal["spec", "paper", "measured", "fitted"]
+RATE_SETS: tuple[Provenance, ...] = ("fitted", "measured", "paper", "spec")
+"""Best first: the order in which a machine's default set is chosen."""
+
+
+@dataclass(frozen=True, slots=True)
+class Quantity:
+    """A number with where it comes from."""
+
+    value: float
+    provenance: Provenance = "spec"
+    source: str = ""
+
+    def __float__(self) -> float:
+        return float(self.value)
+
+
+@dataclass(frozen=True, slots=True)
+class Curve:
+    """A rate that depends on the size of the work: linear between points, constant outside them.
+
+    Examples
+    --------
+    >>> Curve(((1, 10.0), (3, 30.0))).at(2)
+    20.0
+    """
+
+    points: tuple[tuple[float, float], ...]
+    """(size, rate) in ascending size."""
+
+    def __post_init__(self) -> None:
+        sizes = [x for x, _ in self.points]
+        if not self.points or sizes != sorted(set(sizes)):
+            raise InvalidConfig(f"a rate curve needs points in ascending size: {self.points}")
+        if any(not (y > 0) for _, y in self.points):
+            raise InvalidConfig(f"a rate must be > 0: {self.points}")
+
+    @classmethod
+    def constant(cls, rate: float) -> Self:
+        """A rate that does not depend on size."""
+        return cls(((1.0, float(rate)),))
+
+    def at(self, size: Any) -> Any:
+        """Rate at `size` (number or array)."""
+        if isinstance(size, int | float):
+            return self._scalar(float(size))
+        xs, ys = zip(*self.points, strict=True)
+        return np.interp(size, xs, ys)
+
+    def _scalar(self, size: float) -> float:
+        points = self.points
+        i = bisect.bisect_left(points, (size,))
+        if i == 0:
+            return points[0][1]
+        if i == len(points):
+            return points[-1][1]
+        (x0, y0), (x1, y1) = points[i - 1], points[i]
+        return y0 + (y1 - y0) * (size - x0) / (x1 - x0)
+
+    @property
+    def peak(self) -> float:
+        """Highest rate of the curve."""
+        return max(y for _, y in self.points)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MemoryLevel:
+    """One memory and the processor beside it (level i of the HRM)."""
+
+    name: str
+    """"gpu" or "cpu" (later "disk")."""
+    processor: str
+    """What computes there, e.g. "NVIDIA L4"."""
+    capacity: Quantity
+    """Bytes."""
+    bandwidth: Quantity
+    """B^i: bytes per second between this memory and its processor."""
+    peak_flops: Quantity
+    """P^i: FLOP per second of the processor at the model's data type."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Link:
+    """A one-way connection between two memory levels."""
+
+    source: str
+    target: str
+    bandwidth: Quantity
+    """B^{j,i}: bytes per second."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Rates:
+    """What kernels and copies attain on a machine: everything that turns work into seconds.
+
+    Sizes of the curves: tokens per GEMM (`gpu_gemm`), tokens per expert (`gpu_experts`), KV bytes read
+    per call (`cpu_attention`), attended query-key pairs per call (`gpu_attention`).
+    """
+
+    provenance: Provenance
+    source: str
+    gpu_gemm: Curve
+    """FLOP/s of a dense projection by number of rows."""
+    gpu_experts: Curve
+    """FLOP/s of the expert FFN by tokens per active expert."""
+    gpu_attention: Curve
+    """FLOP/s of causal attention in prefill."""
+    gpu_bandwidth: float
+    """Bytes/s of the GPU's memory, for element-wise kernels and weight reads."""
+    gpu_launch_s: float = 0.0
+    """Seconds that every kernel costs at least (launch, or operator dispatch)."""
+    cpu_attention: Curve
+    """Bytes/s at which decode attention on the CPU reads the KV cache."""
+    cpu_attention_flops: float
+    """FLOP/s roof of decode attention on the CPU."""
+    cpu_task_s: float = 0.0
+    """Seconds that a CPU attention call costs beside its KV traffic."""
+    h2d_bandwidth: float
+    d2h_bandwidth: float
+    transfer_s: float = 0.0
+    """Seconds that every transfer costs beside its bytes."""
+    staging_bandwidth: float
+    """Bytes/s of the copy from pageable to pinned memory, alone."""
+    dram_bandwidth: float
+    """Bytes/s that all users of CPU memory share."""
+    copy_bandwidth: float | None = None
+    """Bytes/s of a copy on one core, where copies are made by a core (no GPU)."""
+    task_s: float = 0.0
+    """Seconds between a task's last dependency and its start (hand-over between lanes)."""
+    cores: float | None = None
+    """Cores' worth of work that lanes get done together; None where lanes have processors of their own."""
+
+    def __post_init__(self) -> None:
+        for item in fields(self):
+            value = getattr(self, item.name)
+            if isinstance(value, int | float) and not value >= 0:
+                raise InvalidConfig(f"rate {item.name!r} must be >= 0: {value}")
+
+    def with_link(self, bandwidth: float | None) -> Rates:
+        """The same machine with a link of `bandwidth` bytes/s both ways (None: unchanged).
+
+        A paced link cannot be faster than the copies that carry it.
+        """
+        if bandwidth is None:
+            return self
+        if not bandwidth > 0:
+            raise InvalidValue(f"link bandwidth must be > 0: {bandwidth}")
+        limit = self.copy_bandwidth or float("inf")
+        return replace(self, h2d_bandwidth=min(bandwidth, limit), d2h_bandwidth=min(bandwidth, limit))
+
+
+_CURVES = {
+    "gpu_gemm": parse_flops,
+    "gpu_experts": parse_flops,
+    "gpu_attention": parse_flops,
+    "cpu_attention": parse_bandwidth,
+}
+_SCALARS = {
+    "gpu_bandwidth": parse_bandwidth,
+    "gpu_launch_s": parse_seconds,
+    "cpu_attention_flops": parse_flops,
+    "cpu_task_s": parse_seconds,
+    "h2d_bandwidth": parse_bandwidth,
+    "d2h_bandwidth": parse_bandwidth,
+    "transfer_s": parse_seconds,
+    "staging_bandwidth": parse_bandwidth,
+    "dram_bandwidth": parse_bandwidth,
+    "copy_bandwidth": parse_bandwidth,
+    "task_s": parse_seconds,
+    "cores": float,
+}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Hardware:
+    """A machine as the model sees it.
+
+    Examples
+    --------
+    >>> l4 = Hardware.from_catalog("gcp-l4-1x")
+    >>> l4.gpu.processor, float(l4.h2d.bandwidth)
+    ('NVIDIA L4', 16000000000.0)
+    """
+
+    name: str
+    title: str
+    levels: tuple[MemoryLevel, ...]
+    """Fastest first: GPU, CPU."""
+    links: tuple[Link, ...]
+    rate_sets: Mapping[str, Rates] = field(default_factory=dict)
+    """Rates by name of the set, without ``spec``."""
+    facts: Mapping[str, Any] = field(default_factory=dict)
+    """Where and when the file was made: host, versions, date, command."""
+    shared_memory: bool = False
+    """True where "GPU" and "CPU" memory are two heaps of the same RAM (a machine without a GPU)."""
+
+    def __post_init__(self) -> None:
+        names = [level.name for level in self.levels]
+        for need in ("gpu", "cpu"):
+            if need not in names:
+                raise InvalidConfig(f"hardware {self.name!r} lacks the memory level {need!r}.")
+        for link in self.links:
+            if link.source not in names or link.target not in names:
+                raise InvalidConfig(f"hardware {self.name!r} links unknown levels {link.source}->{link.target}.")
+
+    def level(self, name: str) -> MemoryLevel:
+        """The memory level called `name`."""
+        return next(level for level in self.levels if level.name == name)
+
+    @property
+    def gpu(self) -> MemoryLevel:
+        """The fast, small level."""
+        return self.level("gpu")
+
+    @property
+    def cpu(self) -> MemoryLevel:
+        """The host's level."""
+        return self.level("cpu")
+
+    def link(self, source: str, target: str) -> Link:
+        """The link from `source` to `target`."""
+        for link in self.links:
+            if (link.source, link.target) == (source, target):
+                return link
+        raise UnknownName.of("link", f"{source}->{target}", [f"{x.source}->{x.target}" for x in self.links])
+
+    @property
+    def h2d(self) -> Link:
+        """CPU to GPU."""
+        return self.link("cpu", "gpu")
+
+    @property
+    def d2h(self) -> Link:
+        """GPU to CPU."""
+        return self.link("gpu", "cpu")
+
+    def spec_rates(self) -> Rates:
+        """Every kernel at its roof: an upper bound, far above what programs attain."""
+        gpu, cpu = self.gpu, self.cpu
+        return Rates(
+            provenance="spec",
+            source="data-sheet peaks; an upper bound",
+            gpu_gemm=Curve.constant(float(gpu.peak_flops)),
+            gpu_experts=Curve.constant(float(gpu.peak_flops)),
+            gpu_attention=Curve.constant(float(gpu.peak_flops)),
+            gpu_bandwidth=float(gpu.bandwidth),
+            cpu_attention=Curve.constant(float(cpu.bandwidth)),
+            cpu_attention_flops=float(cpu.peak_flops),
+            h2d_bandwidth=float(self.h2d.bandwidth),
+            d2h_bandwidth=float(self.d2h.bandwidth),
+            staging_bandwidth=float(cpu.bandwidth) / 2,
+            dram_bandwidth=float(cpu.bandwidth),
+        )
+
+    def rates(self, efficiency: str | None = None) -> Rates:
+        """Rates of the set `efficiency`, by default the best that the machine has.
+
+        Parameters
+        ----------
+        efficiency : {"fitted", "measured", "paper", "spec"}, optional
+
+        Raises
+        ------
+        UnknownName
+            If the machine has no such set.
+        """
+        if efficiency is None:
+            efficiency = next((name for name in RATE_SETS if name in self.rate_sets), "spec")
+        if efficiency == "spec":
+            return self.spec_rates()
+        if efficiency not in self.rate_sets:
+            raise UnknownName.of(f"efficiency of {self.name}", efficiency, [*self.rate_sets, "spec"])
+        return self.rate_sets[efficiency]
+
+    def with_capacity(self, *, gpu_bytes: int | None = None, cpu_bytes: int | None = None) -> Hardware:
+        """The same machine with other memory sizes (a budget on the GPU, say)."""
+        sizes = {"gpu": gpu_bytes, "cpu": cpu_bytes}
+        levels = []
+        for level in self.levels:
+            size = sizes.get(level.name)
+            if size is not None:
+                level = replace(level, capacity=Quantity(size, level.capacity.provenance, "set by the caller"))
+            levels.append(level)
+        return replace(self, levels=tuple(levels))
+
+    @classmethod
+    def from_catalog(cls, name: str) -> Hardware:
+        """Load a catalog machine by name, or a hardware file (.toml, .json) by path."""
+        from hrm import catalog
+
+        return catalog.load_hardware(name)
+
+    @classmethod
+    def from_file(cls, path: str | Path) -> Hardware:
+        """Read a hardware file, TOML or JSON by its ending."""
+        path = Path(path)
+        try:
+            text = path.read_text()
+        except OSError as error:
+            raise InvalidConfig(f"cannot read hardware file {str(path)!r}: {error.strerror}.") from None
+        try:
+            data = json.loads(text) if path.suffix == ".json" else tomllib.loads(text)
+        except (json.JSONDecodeError, tomllib.TOMLDecodeError) as error:
+            raise InvalidConfig(f"hardware file {str(path)!r} does not parse: {error}.") from None
+        if not isinstance(data, dict):
+            raise InvalidConfig(f"hardware file {str(path)!r} must hold a table.")
+        return cls.from_dict(data, name=path.stem)
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any], *, name: str) -> Hardware:
+        """Build a machine from the content of a hardware file; unknown keys are errors."""
+        where = f"hardware {name!r}"
+        _only_keys(data, {"name", "title", "levels", "links", "rates", "facts", "shared_memory"}, where)
+        parsers = {"capacity": parse_bytes, "bandwidth": parse_bandwidth, "peak_flops": parse_flops}
+        levels = []
+        for level_name, entry in _table(data, "levels", where).items():
+            label = f"{where}, level {level_name!r}"
+            _only_keys(entry, {"processor", *parsers}, label)
+            values = {key: _quantity(_need(entry, key, label), parse, label) for key, parse in parsers.items()}
+            levels.append(
+                MemoryLevel(name=level_name, processor=str(_need(entry, "processor", label)), **values)
+            )
+        links = []
+        for entry in _need(data, "links", where):
+            label = f"{where}, link"
+            _only_keys(entry, {"source", "target", "bandwidth"}, label)
+            links.append(
+                Link(
+                    source=_need(entry, "source", label),
+                    target=_need(entry, "target", label),
+                    bandwidth=_quantity(_need(entry, "bandwidth", label), parse_bandwidth, label),
+                )
+            )
+        machine = cls(
+            name=str(data.get("name", name)),
+            title=str(data.get("title", name)),
+            levels=tuple(levels),
+            links=tuple(links),
+            facts=data.get("facts", {}),
+            shared_memory=bool(data.get("shared_memory", False)),
+        )
+        sets = {}
+        for set_name, entry in data.get("rates", {}).items():
+            if set_name not in RATE_SETS or set_name == "spec":
+                raise UnknownName.of("rate set", set_name, [x for x in RATE_SETS if x != "spec"])
+            sets[set_name] = _rates(entry, set_name, machine.spec_rates(), f"{where}, rates {set_name!r}")
+        return replace(machine, rate_sets=sets)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Content of a hardware file in SI numbers; `from_dict` reads it back."""
+        rates = {}
+        for set_name, item in self.rate_sets.items():
+            entry = {key: value for key, value in asdict(item).items() if value is not None}
+            for key in _CURVES:
+                entry[key] = [list(point) for point in entry[key]["points"]]
+            entry.pop("provenance")
+            rates[set_name] = entry
+        return {
+            "name": self.name,
+            "title": self.title,
+            "shared_memory": self.shared_memory,
+            "levels": {
+                level.name: {
+                    "processor": level.processor,
+                    "capacity": asdict(level.capacity),
+                    "bandwidth": asdict(level.bandwidth),
+                    "peak_flops": asdict(level.peak_flops),
+                }
+                for level in self.levels
+            },
+            "links": [
+                {"source": x.source, "target": x.target, "bandwidth": asdict(x.bandwidth)} for x in self.links
+            ],
+            "rates": rates,
+            "facts": dict(self.facts),
+        }
+
+    def save(self, path: str | Path) -> None:
+        """Write the machine as a JSON hardware file."""
+        path = Path(path)
+        if path.suffix != ".json":
+            raise InvalidValue(f"hardware files are written as .json: {str(path)!r}")
+        path.write_text(json.dumps(self.to_dict(), indent=1) + "\n")
+
+    def __str__(self) -> str:
+        lines = [f"{self.name}: {self.title}"]
+        for level in self.levels:
+            lines.append(
+                f"  {level.name}: {level.processor}, {format_bytes(float(level.capacity))}, "
+                f"{format_bandwidth(float(level.bandwidth))}, {format_flops(float(level.peak_flops))}"
+            )
+        for link in self.links:
+            lines.append(f"  {link.source}->{link.target}: {format_bandwidth(float(link.bandwidth))}")
+        return "\n".join(lines)
+
+    def _repr_html_(self) -> str:
+        head, *rest = str(self).split("\n")
+        return f"<b>{head}</b><ul>{''.join(f'<li>{line.strip()}</li>' for line in rest)}</ul>"
+
+
+def _only_keys(entry: Mapping[str, Any], allowed: Iterable[str], where: str) -> None:
+    for key in entry:
+        if key not in set(allowed):
+            raise UnknownName.of(f"key of {where}", key, allowed)
+
+
+def _need(entry: Mapping[str, Any], key: str, where: str) -> Any:
+    if key not in entry:
+        raise InvalidConfig(f"{where} lacks {key!r}.")
+    return entry[key]
+
+
+def _table(entry: Mapping[str, Any], key: str, where: str) -> Mapping[str, Any]:
+    value = _need(entry, key, where)
+    if not isinstance(value, Mapping):
+        raise InvalidConfig(f"{where}: {key!r} must be a table.")
+    return value
+
+
+def _quantity(entry: Any, parse: Any, where: str) -> Quantity:
+    if not isinstance(entry, Mapping):
+        raise InvalidConfig(f"{where}: a number is written {{value = ..., source = ...}}, not {entry!r}.")
+    _only_keys(entry, {"value", "provenance", "source"}, where)
+    try:
+        value = parse(_need(entry, "value", where))
+    except InvalidValue as error:
+        raise InvalidConfig(f"{where}: {error}") from None
+    provenance = entry.get("provenance", "spec")
+    if provenance not in RATE_SETS:
+        raise UnknownName.of(f"provenance in {where}", provenance, RATE_SETS)
+    return Quantity(value, provenance, str(_need(entry, "source", where)))
+
+
+def _rates(entry: Mapping[str, Any], name: str, spec: Rates, where: str) -> Rates:
+    """Rates of a file; what a set does not state is taken from the data sheet."""
+    _only_keys(entry, {"source", *_CURVES, *_SCALARS}, where)
+    values: dict[str, Any] = {"provenance": name, "source": str(_need(entry, "source", where))}
+    try:
+        for key, parse in _CURVES.items():
+            if key in entry:
+                raw = entry[key]
+                if isinstance(raw, list):
+                    points = tuple((float(x), float(parse(y))) for x, y in raw)
+                    values[key] = Curve(points)
+                else:
+                    values[key] = Curve.constant(parse(raw))
+        for key, scalar in _SCALARS.items():
+            if key in entry:
+                raw = entry[key]
+                # A measured overhead can round to zero, which the parsers of sizes refuse.
+                values[key] = 0.0 if raw == 0 else float(scalar(raw))
+    except (InvalidValue, InvalidConfig, TypeError, ValueError) as error:
+        raise InvalidConfig(f"{where}: {error}") from None
+    return replace(spec, **values)

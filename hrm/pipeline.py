@@ -1,0 +1,156 @@
+"""Facts about CGOPipe that the planner, the simulator and the executor must agree on."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+from hrm.errors import InvalidValue
+from hrm.model import MoEModel
+
+__all__ = ["ACTIVATION_SLOTS", "FFN_CHUNK_ROWS", "LOOKAHEAD", "PINNED_PAGES", "BatchShape", "length_blocks"]
+
+LOOKAHEAD = 2
+"""Micro-batches that PreAttn runs ahead of PostAttn (MoE-Lightning, Algorithm 1)."""
+
+ACTIVATION_SLOTS = LOOKAHEAD + 1
+"""Micro-batches whose Q, K, V and attention output are in flight at once."""
+
+PINNED_PAGES = LOOKAHEAD + 2
+"""Pages of the pinned ring: two staged ahead, one in transfer, one being filled."""
+
+FFN_CHUNK_ROWS = 2048
+"""Longest run of tokens that one expert takes at a time; bounds the workspace of prefill."""
+
+_BLOCK_RATIO = 0.75
+
+
+def length_blocks(lengths: Sequence[int]) -> list[tuple[int, int, int]]:
+    """Runs of sequences with similar lengths, each of which one attention call handles.
+
+    Parameters
+    ----------
+    lengths : sequence of int
+        Prompt lengths, longest first.
+
+    Returns
+    -------
+    list of (start, stop, longest)
+
+    Examples
+    --------
+    >>> length_blocks([100, 90, 40, 39])
+    [(0, 2, 100), (2, 4, 40)]
+    """
+    blocks: list[tuple[int, int, int]] = []
+    start = 0
+    for index in range(1, len(lengths) + 1):
+        if index == len(lengths) or lengths[index] < _BLOCK_RATIO * lengths[start]:
+            blocks.append((start, index, lengths[start]))
+            start = index
+    return blocks
+
+
+@dataclass(frozen=True)
+class BatchShape:
+    """Prompt lengths of one batch, micro-batch by micro-batch, longest first within each."""
+
+    micro_batches: tuple[tuple[int, ...], ...]
+    gen_len: int
+
+    def __post_init__(self) -> None:
+        if not self.micro_batches or not all(self.micro_batches):
+            raise InvalidValue("a batch needs at least one request in every micro-batch.")
+        if self.gen_len < 1:
+            raise InvalidValue(f"'gen_len' must be >= 1: {self.gen_len}")
+        for lengths in self.micro_batches:
+            if min(lengths) < 1 or list(lengths) != sorted(lengths, reverse=True):
+                raise InvalidValue(f"prompt lengths must be >= 1 and longest first: {list(lengths)}")
+
+    @classmethod
+    def uniform(cls, batch_size: int, micro_batch_size: int, prompt_len: int, gen_len: int) -> BatchShape:
+        """N prompts of one length in micro-batches of μ (the last may be smaller)."""
+        full, rest = divmod(batch_size, micro_batch_size)
+        sizes = [micro_batch_size] * full + ([rest] if rest else [])
+        return cls(tuple((prompt_len,) * n for n in sizes), gen_len)
+
+    @cached_property
+    def sequences(self) -> list[int]:
+        """Sequences of each micro-batch."""
+        return [len(x) for x in self.micro_batches]
+
+    @cached_property
+    def prompt_tokens(self) -> list[int]:
+        """Prompt tokens of each micro-batch."""
+        return [sum(x) for x in self.micro_batches]
+
+    @cached_property
+    def pairs(self) -> list[int]:
+        """Causal query-key pairs of each micro-batch's prompts."""
+        return [sum(s * (s + 1) // 2 for s in x) for x in self.micro_batches]
+
+    @cached_property
+    def longest(self) -> list[int]:
+        """Longest prompt of each micro-batch."""
+        return [x[0] for x in self.micro_batches]
+
+    @cached_property
+    def blocks(self) -> list[list[tuple[int, int, int]]]:
+        """Attention calls of each micro-batch, see `length_blocks`."""
+        return [length_blocks(x) for x in self.micro_batches]
+
+    @cached_property
+    def cached_tokens(self) -> list[int]:
+        """Prompt tokens that decode attention reads per micro-batch: each block at its longest."""
+        return [sum((stop - start) * n for start, stop, n in x) for x in self.blocks]
+
+    @property
+    def batch_size(self) -> int:
+        """N."""
+        return sum(self.sequences)
+
+    @property
+    def num_micro_batches(self) -> int:
+        """G."""
+        return len(self.micro_batches)
+
+
+def page_bytes(streamed_bytes: Any, pages: Any) -> Any:
+    """Size of a weight page when a layer's streamed part travels as `pages` pages."""
+    return streamed_bytes / pages
+
+
+def activation_bytes(model: MoEModel, tokens: Any) -> Any:
+    """Device bytes of one decode slot: Q, K, V and attention output of `tokens` sequences."""
+    return tokens * (2 * model.q_size + 2 * model.kv_size) * model.dtype_bytes
+
+
+def prefill_slot_bytes(model: MoEModel, tokens: Any) -> Any:
+    """Device bytes of one prefill slot: hidden states, keys and values of `tokens` tokens."""
+    return tokens * (model.hidden_size + 2 * model.kv_size) * model.dtype_bytes
+
+
+def workspace_bytes(model: MoEModel, tokens: Any, sequences: Any) -> Any:
+    """Device bytes that kernels need at most for temporaries.
+
+    Parameters
+    ----------
+    tokens : int
+        Most tokens a prefill kernel handles.
+    sequences : int
+        Most sequences a decode kernel handles.
+    """
+    import numpy as np
+
+    b, h = model.dtype_bytes, model.hidden_size
+    wide = model.q_size + 2 * model.kv_size
+    # Prefill holds projections and their rotated, head-expanded and attended copies.
+    attention = tokens * (b * (2 * h + wide + 6 * model.q_size) + 12 * h + 8 * model.head_dim)
+    chunk = np.minimum(tokens, FFN_CHUNK_ROWS)
+    routing = tokens * (16.0 * model.num_experts + 48 * model.top_k)
+    ffn = b * (3 * tokens * h + chunk * (2 * h + 4 * model.intermediate_size)) + 12 * tokens * h + routing
+    head = sequences * (model.vocab_size * b + 4 * h * b + 12 * h)
+    return np.maximum(np.maximum(attention, ffn), head) + math.ldexp(1, 16)

@@ -1,0 +1,64 @@
+"""What the planner decides and the executor obeys."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from hrm.errors import InvalidValue
+
+__all__ = ["Policy"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Policy:
+    """A policy (N, μ, A_g, F_g, r_w, r_c) of MoE-Lightning, section 4.2.
+
+    Examples
+    --------
+    >>> Policy(batch_size=100, micro_batch_size=32).num_micro_batches
+    4
+    """
+
+    batch_size: int
+    """N: sequences per pass of the whole model."""
+    micro_batch_size: int
+    """μ: sequences that one kernel handles."""
+    attention_on_gpu: bool = False
+    """A_g: where decode attention runs."""
+    ffn_on_gpu: bool = True
+    """F_g: where the experts run."""
+    weights_on_gpu: float = 0.0
+    """r_w: fraction of each layer's expert weights that stays on the GPU."""
+    kv_on_gpu: float = 0.0
+    """r_c: fraction of the KV cache that stays on the GPU."""
+
+    def __post_init__(self) -> None:
+        for name in ("batch_size", "micro_batch_size"):
+            value = getattr(self, name)
+            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+                raise InvalidValue(f"{name!r} must be an integer >= 1: {value!r}")
+        if self.micro_batch_size > self.batch_size:
+            raise InvalidValue(
+                f"'micro_batch_size' must be <= batch_size={self.batch_size}: {self.micro_batch_size}"
+            )
+        for name in ("weights_on_gpu", "kv_on_gpu"):
+            value = getattr(self, name)
+            if not 0 <= value <= 1:
+                raise InvalidValue(f"{name!r} must be between 0 and 1: {value}")
+
+    @property
+    def num_micro_batches(self) -> int:
+        """G = ceil(N / μ)."""
+        return -(-self.batch_size // self.micro_batch_size)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The policy as plain values, with the number of micro-batches."""
+        return asdict(self) | {"num_micro_batches": self.num_micro_batches}
+
+    def __str__(self) -> str:
+        return (
+            f"N={self.batch_size} mu={self.micro_batch_size} G={self.num_micro_batches} "
+            f"r_w={self.weights_on_gpu:.3f} r_c={self.kv_on_gpu:.2f} "
+            f"attention={'GPU' if self.attention_on_gpu else 'CPU'} ffn={'GPU' if self.ffn_on_gpu else 'CPU'}"
+        )

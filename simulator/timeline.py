@@ -1,0 +1,200 @@
+"""What happened when: the one record that both the simulator and the executor return."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from hrm.errors import InvalidSchedule
+from simulator.task import LANES, OPS, Lane, Op, Schedule
+
+__all__ = ["Timeline"]
+
+_FORMAT = "moe-hrm timeline 1"
+
+
+@dataclass(frozen=True)
+class Timeline:
+    """Start and end of every task of a schedule, in seconds from the beginning.
+
+    `source` says whether it was "simulated" or "measured".
+    """
+
+    schedule: Schedule
+    start: np.ndarray
+    end: np.ndarray
+    bytes: np.ndarray
+    flops: np.ndarray
+    source: str = "simulated"
+    facts: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def makespan(self) -> float:
+        """Seconds from the start to the end of the last task."""
+        return float(self.end.max()) if len(self.end) else 0.0
+
+    @property
+    def prefill_s(self) -> float:
+        """Seconds until every sequence has its first token."""
+        first = self.schedule.mask(Op.SAMPLE) & (self.schedule.step == 0)
+        return float(self.end[first].max()) if first.any() else 0.0
+
+    @property
+    def decode_s(self) -> float:
+        """Seconds from the last first token to the end."""
+        return self.makespan - self.prefill_s
+
+    def step_ends(self) -> dict[int, float]:
+        """Second at which the last sequence of each step has its token."""
+        mask = self.schedule.mask(Op.SAMPLE)
+        steps, ends = self.schedule.step[mask], self.end[mask]
+        return {int(s): float(ends[steps == s].max()) for s in np.unique(steps)}
+
+    def window(self, first: float, last: float) -> dict[str, float]:
+        """Busy fraction of each lane between two moments."""
+        if not last > first:
+            raise ValueError(f"a window must have a length: {first}..{last}")
+        inside = np.clip(np.minimum(self.end, last) - np.maximum(self.start, first), 0, None)
+        return {
+            lane.value: float(inside[self.schedule.lane_tasks(lane)].sum()) / (last - first) for lane in LANES
+        }
+
+    def utilization(self) -> dict[str, float]:
+        """Busy fraction of each lane over the whole run."""
+        return self.window(0.0, self.makespan) if self.makespan > 0 else {lane.value: 0.0 for lane in LANES}
+
+    def decode_utilization(self) -> dict[str, float]:
+        """Busy fraction of each lane in steady decode: all steps but the first and the last."""
+        ends = self.step_ends()
+        steps = sorted(ends)
+        if len(steps) >= 4:
+            return self.window(ends[steps[1]], ends[steps[-2]])
+        return self.window(ends[steps[0]], self.makespan) if len(steps) > 1 else self.utilization()
+
+    def to_frame(self) -> Any:
+        """One row per task: task, op, step, layer, part, lane, start, end, seconds, bytes, flops."""
+        import pandas as pd
+
+        s = self.schedule
+        return pd.DataFrame(
+            {
+                "task": s.labels(),
+                "op": pd.Categorical.from_codes(s.op, [op.value for op in OPS]),
+                "step": s.step,
+                "layer": s.layer,
+                "part": s.part,
+                "lane": pd.Categorical.from_codes(s.lane, [lane.value for lane in LANES]),
+                "start": self.start,
+                "end": self.end,
+                "seconds": self.end - self.start,
+                "bytes": self.bytes,
+                "flops": self.flops,
+            }
+        )
+
+    def by_op(self) -> Any:
+        """One row per phase and task class: how many, total and mean seconds, achieved GB/s and GFLOP/s."""
+        frame = self.to_frame()
+        frame["phase"] = np.where(frame["step"] == 0, "prefill", "decode")
+        table = frame.groupby(["phase", "op"], observed=True).agg(
+            lane=("lane", "first"),
+            tasks=("seconds", "size"),
+            seconds=("seconds", "sum"),
+            bytes=("bytes", "sum"),
+            flops=("flops", "sum"),
+        )
+        table["mean_s"] = table["seconds"] / table["tasks"]
+        busy = table["seconds"].where(table["seconds"] > 0)
+        table["gb_per_s"] = table["bytes"] / busy / 1e9
+        table["gflop_per_s"] = table["flops"] / busy / 1e9
+        return table
+
+    def save(self, path: str | Path) -> None:
+        """Write the timeline as JSON; `load` reads it back."""
+        data = {
+            "format": _FORMAT,
+            "source": self.source,
+            "facts": dict(self.facts),
+            "schedule": self.schedule.to_text().split("\n"),
+            "start": np.round(self.start, 9).tolist(),
+            "end": np.round(self.end, 9).tolist(),
+            "bytes": self.bytes.tolist(),
+            "flops": self.flops.tolist(),
+        }
+        Path(path).write_text(json.dumps(data))
+
+    @classmethod
+    def load(cls, path: str | Path) -> Timeline:
+        """Read a timeline that `save` wrote; raises `InvalidSchedule` on anything else."""
+        try:
+            data = json.loads(Path(path).read_text())
+        except OSError as error:
+            raise InvalidSchedule(f"cannot read timeline {str(path)!r}: {error.strerror}.") from None
+        except (json.JSONDecodeError, UnicodeDecodeError) as error:
+            raise InvalidSchedule(f"timeline {str(path)!r} is not JSON: {error}.") from None
+        if not isinstance(data, dict) or data.get("format") != _FORMAT:
+            raise InvalidSchedule(f"{str(path)!r} is not a timeline file (format {_FORMAT!r}).")
+        schedule = Schedule.from_text("\n".join(data["schedule"]))
+        arrays = {key: np.array(data[key], dtype=float) for key in ("start", "end", "bytes", "flops")}
+        for key, array in arrays.items():
+            if array.shape != (len(schedule),):
+                raise InvalidSchedule(f"timeline {str(path)!r}: {key!r} has not one value per task.")
+        return cls(schedule, **arrays, source=data["source"], facts=data["facts"])
+
+    def save_trace(self, path: str | Path) -> None:
+        """Write a Chrome trace: open it at ui.perfetto.dev. One track per lane, and bytes per second."""
+        events: list[dict[str, Any]] = []
+        for number, lane in enumerate(LANES):
+            meta = {"ph": "M", "pid": 1, "tid": number}
+            events.append({**meta, "name": "thread_name", "args": {"name": _LANE_TITLES[lane]}})
+            events.append({**meta, "name": "thread_sort_index", "args": {"sort_index": number}})
+        events.append({"ph": "M", "pid": 1, "name": "process_name", "args": {"name": self.source}})
+        labels = self.schedule.labels()
+        for lane_number, lane in enumerate(LANES):
+            previous = 0.0
+            for task in self.schedule.lane_tasks(lane):
+                begin = max(round(self.start[task] * 1e6, 3), previous)
+                stop = max(round(self.end[task] * 1e6, 3), begin)
+                previous = stop
+                events.append(
+                    {
+                        "ph": "X",
+                        "pid": 1,
+                        "tid": lane_number,
+                        "name": labels[task],
+                        "cat": OPS[self.schedule.op[task]].value,
+                        "ts": begin,
+                        "dur": round(stop - begin, 3),
+                        "args": {"bytes": self.bytes[task], "flops": self.flops[task]},
+                    }
+                )
+                if lane in _COUNTED and stop > begin:
+                    rate = self.bytes[task] / (stop - begin) / 1e3  # bytes per µs to GB/s
+                    name = f"{lane.value} GB/s"
+                    events.append({"ph": "C", "pid": 1, "name": name, "ts": begin, "args": {"GB/s": round(rate, 4)}})
+                    events.append({"ph": "C", "pid": 1, "name": name, "ts": stop, "args": {"GB/s": 0}})
+        Path(path).write_text(json.dumps({"traceEvents": events, "displayTimeUnit": "ms"}))
+
+    def __repr__(self) -> str:
+        busy = ", ".join(f"{lane} {share:.0%}" for lane, share in self.utilization().items())
+        return f"<Timeline {self.source}: {len(self.start)} tasks in {self.makespan:.4g} s; busy: {busy}>"
+
+    def _repr_html_(self) -> str:
+        return f"<p>{self!r}</p>".replace("<Timeline", "Timeline").replace(">", "", 0) + self.by_op().to_html(
+            float_format=lambda x: f"{x:.4g}"
+        )
+
+
+_LANE_TITLES = {
+    Lane.GPU: "GPU: compute",
+    Lane.CPU: "CPU: attention",
+    Lane.H2D: "link: host to device",
+    Lane.D2H: "link: device to host",
+    Lane.PIN: "host: staging copies",
+}
+_COUNTED = (Lane.H2D, Lane.D2H, Lane.PIN, Lane.CPU)
