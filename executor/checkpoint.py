@@ -7,7 +7,6 @@ Both layouts of transformers 5 are read: per-expert tensors under the hub's name
 from __future__ import annotations
 
 import json
-import math
 import os
 import shutil
 import struct
@@ -46,7 +45,7 @@ def _read_header(path: Path) -> dict[str, _Entry]:
         size = path.stat().st_size
         with path.open("rb") as stream:
             prefix = stream.read(8)
-            length = struct.unpack("<Q", prefix)[0] if len(prefix) == 8 else math.inf
+            length: int = struct.unpack("<Q", prefix)[0] if len(prefix) == 8 else size
             if 8 + length > size:
                 raise CheckpointError(f"checkpoint file {str(path)!r} is truncated: {size} bytes, no whole header.")
             header = json.loads(stream.read(length))
@@ -138,7 +137,7 @@ class Checkpoint:
             )
         if dtypes != {self.model.dtype}:
             raise CheckpointError(
-                f"checkpoint {str(self.path)!r} holds {dtypes.pop()} tensors and its config says {self.model.dtype}."
+                f"checkpoint {str(self.path)!r} holds {dtypes.pop()} tensors, and its config says {self.model.dtype}."
             )
 
     def expected(self) -> dict[str, tuple[int, ...]]:
@@ -301,7 +300,7 @@ def make_checkpoint(
             groups.setdefault("dense" if layer is None else f"layer-{int(layer):05d}", []).append(name)
         scale = float(config.get("initializer_range", 0.02))
         torch_dtype = TORCH_DTYPES[model.dtype]
-        weight_map = {}
+        weight_map: dict[str, str] = {}
         for number, (group, names) in enumerate(sorted(groups.items())):
             generator = torch.Generator().manual_seed(seed * 1_000_003 + number)
             tensors = {}

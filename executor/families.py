@@ -13,7 +13,7 @@ from torch import nn
 from executor.checkpoint import Checkpoint
 from executor.memory import DeviceMemory
 
-__all__ = ["DenseLayer", "DenseModel", "load_dense"]
+__all__ = ["DenseLayer", "DenseModel", "dispatch_probe", "load_dense"]
 
 
 @dataclass(frozen=True)
@@ -138,3 +138,25 @@ def load_dense(checkpoint: Checkpoint, memory: DeviceMemory, *, positions: int) 
         sin=sin[0],
         activation=ACT2FN[config.hidden_act],
     )
+
+
+def dispatch_probe(device: torch.device, dtype: torch.dtype) -> Callable[[], Any]:
+    """A PreAttn too small to compute anything: what its operators cost to be called at all."""
+    from transformers import MixtralConfig
+    from transformers.models.mixtral import modeling_mixtral as family
+
+    config = MixtralConfig(
+        hidden_size=16,
+        intermediate_size=16,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        head_dim=8,
+        num_local_experts=2,
+        vocab_size=16,
+    )
+    config._attn_implementation = "sdpa"
+    module = family.MixtralDecoderLayer(config, 0).to(device=device, dtype=dtype).eval().requires_grad_(False)
+    layer = DenseLayer(module, 8, family.apply_rotary_pos_emb)
+    hidden = torch.zeros(1, 16, device=device, dtype=dtype)
+    turn = torch.ones(1, 8, device=device, dtype=dtype)
+    return lambda: layer.project(hidden, turn, turn)

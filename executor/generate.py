@@ -24,7 +24,15 @@ from simulator.schedules import build_schedule, check_buildable
 from simulator.task import Op
 from simulator.timeline import Timeline
 
-__all__ = ["DEFAULT_LINK_BANDWIDTH", "BatchResult", "Executor", "GenerationResult", "generate", "pick_device"]
+__all__ = [
+    "DEFAULT_LINK_BANDWIDTH",
+    "BatchResult",
+    "Executor",
+    "GenerationResult",
+    "auto_policy",
+    "generate",
+    "pick_device",
+]
 
 DEFAULT_LINK_BANDWIDTH = 2e9
 """Bytes/s of the paced link where there is no GPU."""

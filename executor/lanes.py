@@ -7,6 +7,7 @@ lane only has to wait until a dependency on another stream has been *issued*; th
 
 from __future__ import annotations
 
+import contextlib
 import os
 import threading
 import time
@@ -19,12 +20,14 @@ import torch
 from hrm.errors import InvalidValue
 from simulator.task import LANES, OPS, Lane, Op, Schedule
 
-__all__ = ["Handler", "PacedLink", "lane_threads", "run_lanes"]
+__all__ = ["Handler", "PacedLink", "lane_threads", "run_lanes", "yield_to_copies"]
 
 Handler = Callable[[int, int, int, float], None]
 """Runs a task: (step, layer, part, moment at which its dependencies were met)."""
 
 _WAKE_UP_SLACK_S = 3e-4
+_SPIN_S = 1e-4
+_COMPUTE_NICENESS = 10
 _GPU_LANES = (Lane.GPU, Lane.H2D, Lane.D2H)
 
 
@@ -32,6 +35,17 @@ def lane_threads() -> dict[Lane, int]:
     """Threads that each lane's kernels may use on a machine without a GPU: half the cores each."""
     half = max(1, (os.cpu_count() or 2) // 2)
     return {Lane.GPU: half, Lane.CPU: half, Lane.H2D: 1, Lane.D2H: 1, Lane.PIN: 1}
+
+
+def yield_to_copies(lane: Lane) -> None:
+    """Let the calling thread stand back behind the link's threads.
+
+    Without a GPU, the threads that copy stand for copy engines, which never wait for a core.
+    """
+    if lane in (Lane.GPU, Lane.CPU, Lane.PIN):
+        # Threads that are refused a lower priority (no such call on this system) run as they are.
+        with contextlib.suppress(OSError, AttributeError):
+            os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), _COMPUTE_NICENESS)
 
 
 class PacedLink:
@@ -67,9 +81,13 @@ class PacedLink:
         for first in range(0, size, chunk):
             last = min(first + chunk, size)
             flat_target[first:last].copy_(flat_source[first:last])
-            ahead = begin + last * width / self.bandwidth - time.perf_counter()
-            if ahead > 2e-5:
+            due = begin + last * width / self.bandwidth
+            ahead = due - time.perf_counter()
+            if ahead > _SPIN_S:
                 time.sleep(ahead)
+            elif last == size:
+                while time.perf_counter() < due:  # shorter than a sleep can be
+                    pass
         # A late wake-up is not the link's time; a copy that could not keep the pace is.
         due, now = begin + size * width / self.bandwidth, time.perf_counter()
         self._free_at = due if now - due < _WAKE_UP_SLACK_S else now
@@ -166,7 +184,9 @@ def run_lanes(
 
     def work(lane: Lane) -> None:
         try:
-            torch.set_num_threads(threads_of[lane] if not cuda or lane in (Lane.PIN,) else (os.cpu_count() or 1))
+            if not cuda:
+                torch.set_num_threads(threads_of[lane])
+                yield_to_copies(lane)
             stream = streams.get(lane)
             with torch.inference_mode(), torch.cuda.stream(stream):
                 gate.wait()
@@ -197,15 +217,16 @@ def run_lanes(
         for lane in LANES
         if len(schedule.lane_tasks(lane))
     ]
-    for worker in workers:
-        worker.start()
-    if cuda:
-        torch.cuda.synchronize(device)
-        origin = torch.cuda.Event(enable_timing=True)
-        origin.record()
-        origin.synchronize()
-    zero = time.perf_counter()
+    zero = 0.0
     try:
+        for worker in workers:
+            worker.start()
+        if cuda:
+            torch.cuda.synchronize(device)
+            origin = torch.cuda.Event(enable_timing=True)
+            origin.record()
+            origin.synchronize()
+        zero = time.perf_counter()
         gate.wait()
         for worker in workers:
             worker.join()
@@ -213,10 +234,12 @@ def run_lanes(
         pass
     except BaseException as error:  # Ctrl-C: stop the lanes before leaving
         failure.set(error)
+        gate.abort()
         for event in signal.values():
             event.set()
     for worker in workers:
-        worker.join()
+        if worker.is_alive():
+            worker.join()
     if failure.error is not None:
         raise failure.error
     begin_s, end_s = np.array(start) - zero, np.array(end) - zero

@@ -153,9 +153,7 @@ class WeightStore:
         self.model = model
         self.whole = LayerPages.cut(model, weights_on_gpu, 1)
         keep, streamed = self.whole.resident, self.whole.streamed
-        self.resident = [
-            memory.empty("resident_experts", (keep,), dtype) for _ in range(model.num_layers)
-        ]
+        self.resident = [memory.empty("resident_experts", (keep,), dtype) for _ in range(model.num_layers)]
         self.slots = [memory.empty("weight_buffers", (streamed,), dtype) for _ in range(self.SLOTS)]
         self.host: list[torch.Tensor] = []
         scratch = torch.empty(keep + streamed, dtype=dtype)

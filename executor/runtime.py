@@ -100,14 +100,16 @@ class BatchRun:
             for t in [*self.pinned, *self.prompt_hidden, self.prompt_kv]
             + [buffer for slot in self.host_slots for buffer in (slot.qkv, slot.attended)]
         )
-        self.prompt_ids = [torch.tensor([t for p in part for t in p], device=device) for part in prompts]
-        self.lengths = [torch.tensor([len(p) for p in part]) for part in prompts]
-        self.prompt_positions = [
-            torch.cat([torch.arange(len(p)) for p in part]).to(device) for part in prompts
-        ]
-        self.device_lengths = [lengths.to(device) for lengths in self.lengths]
-        self.last_rows = [lengths.cumsum(0).sub(1).to(device) for lengths in self.lengths]
-        self.output = [torch.zeros(n, gen_len, dtype=torch.int64, device=device) for n in self.shape.sequences]
+
+        def ids(values: Sequence[int]) -> torch.Tensor:
+            return memory.place("token_ids", torch.tensor(values, dtype=torch.int64))
+
+        self.prompt_ids = [ids([token for prompt in part for token in prompt]) for part in prompts]
+        self.prompt_positions = [ids([i for prompt in part for i in range(len(prompt))]) for part in prompts]
+        self.lengths = [torch.tensor([len(prompt) for prompt in part]) for part in prompts]
+        self.device_lengths = [memory.place("token_ids", lengths) for lengths in self.lengths]
+        self.last_rows = [memory.place("token_ids", lengths.cumsum(0) - 1) for lengths in self.lengths]
+        self.output = [device_tensor("token_ids", n, gen_len, dtype=torch.int64) for n in self.shape.sequences]
         self._masks: dict[tuple[int, int], list[tuple[torch.Tensor | None, torch.Tensor | None]]] = {}
         self._rotary: dict[int, tuple[int, torch.Tensor, torch.Tensor]] = {}
         self._bytes_per = dtype.itemsize
@@ -130,7 +132,7 @@ class BatchRun:
 
     def release(self) -> None:
         """Give the batch's device memory back."""
-        self.memory.release(["hidden_states", "decode_slots", "prefill_slots", "workspace"])
+        self.memory.release(["hidden_states", "token_ids", "decode_slots", "prefill_slots", "workspace"])
 
     # -- transfers ---------------------------------------------------------------------------------
 
@@ -240,7 +242,9 @@ class BatchRun:
         _, cos, sin = self._rotary[part]
         slot = self.device_slots[self._slot(step, layer, part)].qkv
         for target, value in zip(
-            self._split_qkv(slot, hidden.shape[0]), self.dense.layers[layer].project(hidden, cos, sin), strict=True
+            self._split_qkv(slot, hidden.shape[0]),
+            self.dense.layers[layer].project(hidden, cos, sin),
+            strict=True,
         ):
             target.copy_(value)
 
@@ -284,7 +288,10 @@ class BatchRun:
         q, k, v = self._split_qkv(slot.qkv, sequences)
         out = slot.attended[: sequences * self.model.q_size].view_as(q)
         blocks = zip(
-            self.shape.blocks[part], self.cache.blocks(layer, part), self._attention_masks(step, part), strict=True
+            self.shape.blocks[part],
+            self.cache.blocks(layer, part),
+            self._attention_masks(step, part),
+            strict=True,
         )
         for (start, stop, longest), (keys, values), (mask, position) in blocks:
             context = longest + step
@@ -318,7 +325,4 @@ def execute(
     started = time.time()
     start, end = run_lanes(schedule, run.handlers(), device=run.memory.device, on_done=on_done)
     moved, flops = run.work(schedule)
-    return Timeline(
-        schedule, start, end, moved, flops, source="measured", facts={"started": started, **(facts or {})}
-    )
-
+    return Timeline(schedule, start, end, moved, flops, source="measured", facts={"started": started, **(facts or {})})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import heapq
 from collections.abc import Sequence
 
 from hrm.errors import InvalidValue
@@ -51,22 +52,22 @@ def micro_batches(
     ([[1, 2], [0, 3]], [])
     """
     if num_micro_batches < 1 or micro_batch_size < 1:
-        raise InvalidValue(
-            f"number and size of micro-batches must be >= 1: {num_micro_batches}, {micro_batch_size}"
-        )
+        raise InvalidValue(f"number and size of micro-batches must be >= 1: {num_micro_batches}, {micro_batch_size}")
     groups: list[list[int]] = [[] for _ in range(num_micro_batches)]
-    tokens = [0] * num_micro_batches
-    deferred = []
+    deferred: list[int] = []
+    open_groups = [(0, g) for g in range(num_micro_batches)]  # a heap of (prompt tokens, micro-batch)
     for index in sorted(range(len(prompt_lens)), key=lambda i: (-prompt_lens[i], i)):
-        open_groups = [g for g in range(num_micro_batches) if len(groups[g]) < micro_batch_size]
         if not open_groups:
             deferred.append(index)
             continue
-        target = min(open_groups, key=lambda g: (tokens[g], g))
-        room = tokens[target] + prompt_lens[index] + (len(groups[target]) + 1) * gen_len
+        tokens, target = open_groups[0]
+        room = tokens + prompt_lens[index] + (len(groups[target]) + 1) * gen_len
         if cache_tokens is not None and room > cache_tokens:
             deferred.append(index)
             continue
         groups[target].append(index)
-        tokens[target] += prompt_lens[index]
+        if len(groups[target]) < micro_batch_size:
+            heapq.heapreplace(open_groups, (tokens + prompt_lens[index], target))
+        else:
+            heapq.heappop(open_groups)
     return [group for group in groups if group], sorted(deferred)

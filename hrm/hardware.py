@@ -10,7 +10,7 @@ from __future__ import annotations
 import bisect
 import json
 import tomllib
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, Literal, Self
@@ -125,8 +125,8 @@ class Link:
 class Rates:
     """What kernels and copies attain on a machine: everything that turns work into seconds.
 
-    Sizes of the curves: tokens per GEMM (`gpu_gemm`), tokens per expert (`gpu_experts`), KV bytes read
-    per call (`cpu_attention`), attended query-key pairs per call (`gpu_attention`).
+    Sizes of the curves: tokens per GEMM (`gpu_gemm`), tokens per active expert (`gpu_experts`), context
+    (`cpu_attention`) and prompt length (`gpu_attention`) in tokens.
     """
 
     provenance: Provenance
@@ -160,7 +160,7 @@ class Rates:
     task_s: float = 0.0
     """Seconds between a task's last dependency and its start (hand-over between lanes)."""
     cores: float | None = None
-    """Cores' worth of work that lanes get done together; None where lanes have processors of their own."""
+    """Lanes' worth of work done at once when all lanes are busy on the same cores; None with a GPU."""
 
     def __post_init__(self) -> None:
         for item in fields(self):
@@ -187,7 +187,7 @@ _CURVES = {
     "gpu_attention": parse_flops,
     "cpu_attention": parse_bandwidth,
 }
-_SCALARS = {
+_SCALARS: dict[str, Callable[[Any], float]] = {
     "gpu_bandwidth": parse_bandwidth,
     "gpu_launch_s": parse_seconds,
     "cpu_attention_flops": parse_flops,
@@ -304,6 +304,10 @@ class Hardware:
             raise UnknownName.of(f"efficiency of {self.name}", efficiency, [*self.rate_sets, "spec"])
         return self.rate_sets[efficiency]
 
+    def with_link(self, bandwidth: float | None) -> Hardware:
+        """The same machine with every measured link paced to `bandwidth` bytes/s (None: unpaced)."""
+        return replace(self, rate_sets={key: rates.with_link(bandwidth) for key, rates in self.rate_sets.items()})
+
     def with_capacity(self, *, gpu_bytes: int | None = None, cpu_bytes: int | None = None) -> Hardware:
         """The same machine with other memory sizes (a budget on the GPU, say)."""
         sizes = {"gpu": gpu_bytes, "cpu": cpu_bytes}
@@ -349,9 +353,7 @@ class Hardware:
             label = f"{where}, level {level_name!r}"
             _only_keys(entry, {"processor", *parsers}, label)
             values = {key: _quantity(_need(entry, key, label), parse, label) for key, parse in parsers.items()}
-            levels.append(
-                MemoryLevel(name=level_name, processor=str(_need(entry, "processor", label)), **values)
-            )
+            levels.append(MemoryLevel(name=level_name, processor=str(_need(entry, "processor", label)), **values))
         links = []
         for entry in _need(data, "links", where):
             label = f"{where}, link"
@@ -400,9 +402,7 @@ class Hardware:
                 }
                 for level in self.levels
             },
-            "links": [
-                {"source": x.source, "target": x.target, "bandwidth": asdict(x.bandwidth)} for x in self.links
-            ],
+            "links": [{"source": x.source, "target": x.target, "bandwidth": asdict(x.bandwidth)} for x in self.links],
             "rates": rates,
             "facts": dict(self.facts),
         }

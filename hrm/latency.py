@@ -42,7 +42,7 @@ def operator_seconds(op: Operator, rates: Rates) -> Any:
         Seconds on the processor that runs it, alone.
     """
     if op.kind == "attention":
-        memory = op.kv_bytes / rates.cpu_attention.at(op.kv_bytes)
+        memory = op.kv_bytes / rates.cpu_attention.at(op.rows)
         return np.maximum(op.flops / rates.cpu_attention_flops, memory)
     launch = op.launches * rates.gpu_launch_s
     memory = op.bytes / rates.gpu_bandwidth

@@ -16,6 +16,7 @@ from hrm.model import MoEModel
 from hrm.pipeline import (
     ACTIVATION_SLOTS,
     PINNED_PAGES,
+    BatchShape,
     activation_bytes,
     page_bytes,
     prefill_slot_bytes,
@@ -23,7 +24,7 @@ from hrm.pipeline import (
 )
 from hrm.units import format_bytes
 
-__all__ = ["Footprint", "check_fits", "footprint", "usable_bytes"]
+__all__ = ["Footprint", "batch_footprint", "check_fits", "footprint", "usable_bytes"]
 
 # A GPU's driver, context and allocator take some of it; the operating system some of the host.
 _GPU_USABLE, _CPU_USABLE, _SHARED_USABLE = 0.92, 0.90, 0.85
@@ -65,6 +66,7 @@ def footprint(
     weights_on_gpu: Any,
     micro_batch_tokens: Any,
     batch_tokens: Any,
+    longest_prompt: Any,
     gen_len: Any,
 ) -> Footprint:
     """Memory of a CGOPipe run with attention on the CPU.
@@ -75,6 +77,8 @@ def footprint(
         Most prompt tokens in one micro-batch.
     batch_tokens : int or array
         Prompt tokens of the whole batch.
+    longest_prompt : int
+        Tokens of the longest prompt.
 
     Returns
     -------
@@ -93,6 +97,9 @@ def footprint(
         "resident_experts": model.num_layers * weights_on_gpu * w,
         "weight_buffers": 2 * streamed,
         "hidden_states": batch_size * (model.hidden_bytes + 8.0),
+        # Prompt ids and positions, lengths, generated ids; and the rotary table.
+        "token_ids": 16.0 * batch_tokens + batch_size * (16.0 + 8.0 * gen_len),
+        "rotary_table": 2 * (longest_prompt + gen_len) * model.head_dim * b,
         "decode_slots": ACTIVATION_SLOTS * activation_bytes(model, micro_batch_size),
         "prefill_slots": ACTIVATION_SLOTS * prefill_slot_bytes(model, micro_batch_tokens),
         "workspace": workspace_bytes(model, micro_batch_tokens, micro_batch_size),
@@ -102,9 +109,25 @@ def footprint(
         "kv_cache": (batch_tokens + batch_size * gen_len) * model.kv_token_bytes * model.num_layers,
         "prompt_hidden_states": batch_tokens * model.hidden_bytes,
         "pinned_pages": PINNED_PAGES * page_bytes(streamed, num_micro_batches),
-        "pinned_activations": ACTIVATION_SLOTS * micro_batch_size * (2 * model.q_size + 2 * model.kv_size) * b,
+        "pinned_activations": ACTIVATION_SLOTS * micro_batch_size * (2 * model.q_size + 2 * model.kv_size) * b
+        + micro_batch_tokens * model.kv_token_bytes,
     }
     return Footprint(gpu=gpu, cpu=cpu)
+
+
+def batch_footprint(model: MoEModel, batch: BatchShape, weights_on_gpu: float) -> Footprint:
+    """Memory of one batch with known prompt lengths: what the executor will allocate."""
+    return footprint(
+        model,
+        batch_size=batch.batch_size,
+        micro_batch_size=max(batch.sequences),
+        num_micro_batches=batch.num_micro_batches,
+        weights_on_gpu=weights_on_gpu,
+        micro_batch_tokens=max(batch.prompt_tokens),
+        batch_tokens=sum(batch.cached_tokens),
+        longest_prompt=max(batch.longest),
+        gen_len=batch.gen_len,
+    )
 
 
 def usable_bytes(hardware: Hardware) -> tuple[float, float]:

@@ -20,10 +20,33 @@ DTYPE_BYTES = {"float32": 4.0, "bfloat16": 2.0, "float16": 2.0, "int8": 1.0, "in
 
 # Keys that say nothing about shapes: initialisation, token ids, bookkeeping of the library.
 _BOOKKEEPING = frozenset(
-    """_name_or_path architectures attention_dropout bos_token_id eos_token_id initializer_range model_type
-    output_router_logits pad_token_id rms_norm_eps rope_parameters rope_scaling rope_theta router_aux_loss_coef
-    router_jitter_noise transformers_version use_cache return_dict output_attentions output_hidden_states
-    chunk_size_feed_forward is_encoder_decoder problem_type id2label label2id""".split()
+    [
+        "_name_or_path",
+        "architectures",
+        "attention_dropout",
+        "bos_token_id",
+        "eos_token_id",
+        "initializer_range",
+        "model_type",
+        "output_router_logits",
+        "pad_token_id",
+        "rms_norm_eps",
+        "rope_parameters",
+        "rope_scaling",
+        "rope_theta",
+        "router_aux_loss_coef",
+        "router_jitter_noise",
+        "transformers_version",
+        "use_cache",
+        "return_dict",
+        "output_attentions",
+        "output_hidden_states",
+        "chunk_size_feed_forward",
+        "is_encoder_decoder",
+        "problem_type",
+        "id2label",
+        "label2id",
+    ]
 )
 
 
@@ -97,9 +120,7 @@ class MoEModel:
         if self.top_k > self.num_experts:
             raise InvalidConfig(f"'top_k' must be <= num_experts={self.num_experts}: {self.top_k}")
         if self.num_heads % self.num_kv_heads:
-            raise InvalidConfig(
-                f"'num_heads' must be a multiple of num_kv_heads={self.num_kv_heads}: {self.num_heads}"
-            )
+            raise InvalidConfig(f"'num_heads' must be a multiple of num_kv_heads={self.num_kv_heads}: {self.num_heads}")
         if self.dtype not in DTYPE_BYTES:
             raise InvalidConfig(f"'dtype' must be one of {', '.join(DTYPE_BYTES)}: {self.dtype!r}")
 

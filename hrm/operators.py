@@ -40,7 +40,7 @@ class Operator:
     kv_bytes: Number = 0.0
     """Bytes of KV cache read and written."""
     rows: Number = 1
-    """Size that the kernel's efficiency depends on: rows of a GEMM, tokens per expert, query length."""
+    """Size that the kernel's efficiency depends on: rows of a GEMM, tokens per expert, prompt or context length."""
     launches: Number = 1
     """Kernels launched (operators dispatched)."""
 
@@ -96,7 +96,7 @@ def _gemm(model: MoEModel, tokens: Number, width_in: int, width_out: int, name: 
 
 
 def pre_attention(model: MoEModel, tokens: Number) -> list[Operator]:
-    """PreAttn: norm, Q/K/V projections, rotary embedding of `tokens` tokens."""
+    """PreAttn: norm, Q/K/V projections, rotary embedding of `tokens` tokens, laid out for offloading."""
     b = model.dtype_bytes
     rotated = model.q_size + model.kv_size
     return [
@@ -109,6 +109,14 @@ def pre_attention(model: MoEModel, tokens: Number) -> list[Operator]:
             activation_bytes=2 * tokens * rotated * b,
             rows=tokens,
             launches=14,
+        ),
+        Operator(
+            name="pack_qkv",
+            kind="elementwise",
+            flops=0.0 * tokens,
+            activation_bytes=2 * tokens * (rotated + model.kv_size) * b,
+            rows=tokens,
+            launches=10,
         ),
     ]
 
@@ -149,7 +157,7 @@ def attention_core(
         flops=sequences * query_len * context * model.num_heads * per_pair,
         activation_bytes=2 * sequences * query_len * model.q_size * (b if count == "exact" else kv_b),
         kv_bytes=2 * sequences * context * model.kv_size * kv_b,
-        rows=sequences,
+        rows=context,
         launches=3,
     )
 
@@ -166,7 +174,7 @@ def expert_ffn(model: MoEModel, tokens: Number) -> Operator:
         weight_bytes=active * model.expert_bytes,
         activation_bytes=2 * routed * (h + i) * b,
         rows=routed / active,
-        launches=8 * active,
+        launches=8 * active + 8,
     )
 
 
@@ -185,7 +193,7 @@ def post_attention(model: MoEModel, tokens: Number) -> list[Operator]:
         _gemm(model, tokens, model.q_size, h, "o_proj"),
         residual,
         _norm(model, tokens, "post_norm"),
-        _gemm(model, tokens, h, model.num_experts, "router", launches=12),
+        _gemm(model, tokens, h, model.num_experts, "router", launches=5),
         expert_ffn(model, tokens),
     ]
 

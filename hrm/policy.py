@@ -39,9 +39,7 @@ class Policy:
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
                 raise InvalidValue(f"{name!r} must be an integer >= 1: {value!r}")
         if self.micro_batch_size > self.batch_size:
-            raise InvalidValue(
-                f"'micro_batch_size' must be <= batch_size={self.batch_size}: {self.micro_batch_size}"
-            )
+            raise InvalidValue(f"'micro_batch_size' must be <= batch_size={self.batch_size}: {self.micro_batch_size}")
         for name in ("weights_on_gpu", "kv_on_gpu"):
             value = getattr(self, name)
             if not 0 <= value <= 1:

@@ -61,9 +61,7 @@ class RooflinePoint:
     bound_by: str
 
 
-def roofline_point(
-    hardware: Hardware, op: Operator, *, batch: int, kernel_op: Operator | None = None
-) -> RooflinePoint:
+def roofline_point(hardware: Hardware, op: Operator, *, batch: int, kernel_op: Operator | None = None) -> RooflinePoint:
     """Place an operator.
 
     Parameters
@@ -131,8 +129,7 @@ def physical_bound(
     head_flops = 2 * model.hidden_size * model.vocab_size
     tokens = prompt_tokens + batch_size * steps
     gpu_flops = (
-        layers * (tokens * (dense_flops + expert_flops) + 4 * pairs * model.q_size)
-        + batch_size * gen_len * head_flops
+        layers * (tokens * (dense_flops + expert_flops) + 4 * pairs * model.q_size) + batch_size * gen_len * head_flops
     )
     kv_read = layers * model.kv_token_bytes * (prompt_tokens * steps + batch_size * steps * (steps + 1) / 2)
     peak = max(rates.gpu_gemm.peak, rates.gpu_experts.peak, rates.gpu_attention.peak)

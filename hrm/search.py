@@ -103,6 +103,7 @@ def _footprint(model: MoEModel, workload: Workload, mu: Any, g: Any, r_w: Any) -
         weights_on_gpu=r_w,
         micro_batch_tokens=longest,
         batch_tokens=mu * g * prompt,
+        longest_prompt=workload.prompt_max,
         gen_len=workload.gen_len,
     )
 
@@ -260,7 +261,7 @@ def plan(
         memory=_footprint(model, workload, policy.micro_batch_size, policy.num_micro_batches, policy.weights_on_gpu),
         bound_tok_s=_bound(model, rates, workload, policy),
         rate_set=rates.provenance,
-        evaluated=int(len(feasible)),
+        evaluated=len(feasible),
         seconds=time.perf_counter() - started,
     )
 

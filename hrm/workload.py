@@ -38,12 +38,16 @@ class Workload:
     source: str = ""
 
     def __post_init__(self) -> None:
+        numbers = {"prompt_avg": self.prompt_avg, "prompt_max": self.prompt_max, "gen_len": self.gen_len}
+        for name, value in numbers.items():
+            if not isinstance(value, int | float) or isinstance(value, bool):
+                raise InvalidValue(f"{name!r} must be a number: {value!r}")
+        if not all(isinstance(n, int) and not isinstance(n, bool) for n in self.prompt_lens):
+            raise InvalidValue("'prompt_lens' must be whole numbers.")
         if not self.gen_len >= 1:
             raise InvalidValue(f"'gen_len' must be >= 1: {self.gen_len}")
         if not 0 < self.prompt_avg <= self.prompt_max:
-            raise InvalidValue(
-                f"'prompt_avg' must be > 0 and <= prompt_max={self.prompt_max}: {self.prompt_avg}"
-            )
+            raise InvalidValue(f"'prompt_avg' must be > 0 and <= prompt_max={self.prompt_max}: {self.prompt_avg}")
         if any(n < 1 for n in self.prompt_lens):
             raise InvalidValue(f"'prompt_lens' must be >= 1: {min(self.prompt_lens)}")
 

@@ -114,6 +114,7 @@ def simulate(
         total = played
         utilization = timeline.utilization()
     else:
+
         def piece(**options: Any) -> Timeline:
             return run(cgopipe(num_layers=layers, num_micro_batches=g, stream_weights=share < 1, **options))
 

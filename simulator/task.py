@@ -7,6 +7,7 @@ and copies, and both give back a timeline of the same tasks.
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -221,7 +222,7 @@ class Schedule(Sequence[Task]):
         head = _HEAD.fullmatch(lines[0]) if lines else None
         if head is None:
             raise InvalidSchedule("a schedule begins with 'schedule NAME layers=L micro_batches=G steps=S'.")
-        parsed = []
+        parsed: list[tuple[Op, int, int, int, str, str | None]] = []
         ids: dict[str, int] = {}
         for number, line in enumerate(lines[1:], start=2):
             match = _LINE.fullmatch(line)
@@ -268,7 +269,7 @@ class Schedule(Sequence[Task]):
             users[dep].append(user)
         for lane in LANES:
             ids = self.lane_tasks(lane).tolist()
-            for before, after in zip(ids, ids[1:], strict=False):
+            for before, after in itertools.pairwise(ids):
                 users[before].append(after)
                 waits[after] += 1
         ready = [int(i) for i in np.flatnonzero(waits == 0)]

@@ -60,9 +60,7 @@ class Timeline:
         if not last > first:
             raise ValueError(f"a window must have a length: {first}..{last}")
         inside = np.clip(np.minimum(self.end, last) - np.maximum(self.start, first), 0, None)
-        return {
-            lane.value: float(inside[self.schedule.lane_tasks(lane)].sum()) / (last - first) for lane in LANES
-        }
+        return {lane.value: float(inside[self.schedule.lane_tasks(lane)].sum()) / (last - first) for lane in LANES}
 
     def utilization(self) -> dict[str, float]:
         """Busy fraction of each lane over the whole run."""
@@ -84,11 +82,11 @@ class Timeline:
         return pd.DataFrame(
             {
                 "task": s.labels(),
-                "op": pd.Categorical.from_codes(s.op, [op.value for op in OPS]),
+                "op": pd.Categorical.from_codes(s.op.tolist(), pd.Index([op.value for op in OPS])),
                 "step": s.step,
                 "layer": s.layer,
                 "part": s.part,
-                "lane": pd.Categorical.from_codes(s.lane, [lane.value for lane in LANES]),
+                "lane": pd.Categorical.from_codes(s.lane.tolist(), pd.Index([lane.value for lane in LANES])),
                 "start": self.start,
                 "end": self.end,
                 "seconds": self.end - self.start,
@@ -139,12 +137,18 @@ class Timeline:
             raise InvalidSchedule(f"timeline {str(path)!r} is not JSON: {error}.") from None
         if not isinstance(data, dict) or data.get("format") != _FORMAT:
             raise InvalidSchedule(f"{str(path)!r} is not a timeline file (format {_FORMAT!r}).")
-        schedule = Schedule.from_text("\n".join(data["schedule"]))
-        arrays = {key: np.array(data[key], dtype=float) for key in ("start", "end", "bytes", "flops")}
+        try:
+            schedule = Schedule.from_text("\n".join(data["schedule"]))
+            arrays = {key: np.array(data[key], dtype=float) for key in ("start", "end", "bytes", "flops")}
+            source, facts = str(data["source"]), dict(data["facts"])
+        except (KeyError, TypeError, ValueError) as error:
+            if isinstance(error, InvalidSchedule):
+                raise
+            raise InvalidSchedule(f"timeline {str(path)!r} is damaged: {error!r}.") from None
         for key, array in arrays.items():
             if array.shape != (len(schedule),):
                 raise InvalidSchedule(f"timeline {str(path)!r}: {key!r} has not one value per task.")
-        return cls(schedule, **arrays, source=data["source"], facts=data["facts"])
+        return cls(schedule, **arrays, source=source, facts=facts)
 
     def save_trace(self, path: str | Path) -> None:
         """Write a Chrome trace: open it at ui.perfetto.dev. One track per lane, and bytes per second."""

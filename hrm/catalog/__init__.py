@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import json
 from importlib import resources
 from pathlib import Path
+from typing import Any
 
 from hrm.errors import UnknownName
 from hrm.hardware import Hardware
 from hrm.model import MoEModel
 from hrm.workload import Workload
 
-__all__ = ["load_hardware", "load_model", "load_workload", "names"]
+__all__ = ["load_hardware", "load_model", "load_workload", "model_config", "names"]
 
 _SUFFIXES = {"hardware": (".toml", ".json"), "models": (".json",), "workloads": (".toml",)}
 _KINDS = {"hardware": "hardware", "models": "model", "workloads": "workload"}
@@ -44,6 +46,14 @@ def load_hardware(name: str) -> Hardware:
 def load_model(name: str) -> MoEModel:
     """A model by catalog name, or by path of a config.json or a checkpoint folder."""
     return MoEModel.from_file(_find("models", name))
+
+
+def model_config(name: str) -> dict[str, Any]:
+    """Content of the ``config.json`` that `load_model` reads, checked as there."""
+    load_model(name)
+    path = _find("models", name)
+    config: dict[str, Any] = json.loads((path / "config.json" if path.is_dir() else path).read_text())
+    return config
 
 
 def load_workload(name: str) -> Workload:

@@ -79,9 +79,7 @@ def cgopipe(
             sampled=sampled,
             cached=cached,
         )
-    return builder.build(
-        name="cgopipe", num_layers=num_layers, num_micro_batches=num_micro_batches, num_steps=passes
-    )
+    return builder.build(name="cgopipe", num_layers=num_layers, num_micro_batches=num_micro_batches, num_steps=passes)
 
 
 def _prefill(

@@ -1,0 +1,252 @@
+"""Options that commands share, and the way from what was typed to models, machines and policies."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import click
+
+from hrm import Hardware, MoEModel, Plan, Policy, Workload, evaluate, plan
+from hrm.catalog import load_hardware, load_model
+from hrm.errors import HrmError, InvalidValue, NotBuiltYet
+from hrm.hardware import Quantity
+from hrm.units import parse_bandwidth, parse_bytes
+from simulator.schedules import check_buildable
+
+__all__ = [
+    "FIGURES",
+    "PACED_LINK",
+    "Bandwidth",
+    "Capacity",
+    "NumberPair",
+    "OutFile",
+    "executor_needed",
+    "json_option",
+    "make_plan",
+    "plan_options",
+    "policy_of",
+    "policy_options",
+    "search_options",
+    "with_link",
+]
+
+Decorator = Callable[[Callable[..., Any]], Callable[..., Any]]
+
+FIGURES = (".png", ".pdf", ".svg")
+PACED_LINK = "2GB/s"
+"""Default of --link-bandwidth where a run is made; the executor's own default."""
+_NO_BANDWIDTH = "none"
+_EXECUTOR_PACKAGES = ("torch", "transformers", "safetensors")
+
+
+class Capacity(click.ParamType):
+    """Bytes, written with a unit."""
+
+    name = "bytes"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
+        """Parse, or fail in one line."""
+        try:
+            return parse_bytes(value)
+        except InvalidValue as error:
+            self.fail(str(error), param, ctx)
+
+
+class Bandwidth(click.ParamType):
+    """Bytes per second, written with a unit, or "none" (which becomes None)."""
+
+    name = "bandwidth"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float | None:
+        """Parse, or fail in one line."""
+        if str(value).strip().lower() == _NO_BANDWIDTH:
+            return None
+        try:
+            return parse_bandwidth(value)
+        except InvalidValue as error:
+            self.fail(f"{error} Or write 'none'.", param, ctx)
+
+
+class NumberPair(click.ParamType):
+    """Two whole numbers >= 1 with a comma between them."""
+
+    name = "n,s"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[int, int]:
+        """Parse, or fail in one line."""
+        if isinstance(value, tuple):
+            return value
+        parts = [part.strip() for part in str(value).split(",")]
+        if len(parts) != 2 or not all(part.isdecimal() and int(part) >= 1 for part in parts):
+            self.fail(f"{value!r} is not two whole numbers >= 1; write them like '16,128'.", param, ctx)
+        return int(parts[0]), int(parts[1])
+
+
+class OutFile(click.ParamType):
+    """A file to be written, refused before anything is computed if it cannot be.
+
+    Parameters
+    ----------
+    suffixes : tuple of str
+        Allowed endings; any if empty.
+    """
+
+    name = "file"
+
+    def __init__(self, suffixes: tuple[str, ...] = ()) -> None:
+        self.suffixes = suffixes
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Path:
+        """The path, checked."""
+        path = Path(value)
+        if self.suffixes and path.suffix.lower() not in self.suffixes:
+            self.fail(f"{str(path)!r} must end in {' or '.join(self.suffixes)}.", param, ctx)
+        if path.is_dir():
+            self.fail(f"{str(path)!r} is a folder; name a file.", param, ctx)
+        if not path.parent.is_dir():
+            self.fail(f"the folder {str(path.parent)!r} does not exist; make it first.", param, ctx)
+        return path
+
+
+def _stack(*decorators: Decorator) -> Decorator:
+    def apply(function: Callable[..., Any]) -> Callable[..., Any]:
+        for decorator in reversed(decorators):
+            function = decorator(function)
+        return function
+
+    return apply
+
+
+json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON object, in SI units.")
+
+_SWITCH = click.IntRange(0, 1)
+policy_options = _stack(
+    click.option("--batch-size", type=int, metavar="N", help="Sequences per pass; turns the search off."),
+    click.option("--micro-batch-size", type=int, metavar="MU", help="Sequences per kernel (default: N)."),
+    click.option("--weights-on-gpu", type=float, metavar="R", help="Resident share of expert weights, 0..1."),
+    click.option("--kv-on-gpu", type=float, metavar="R", help="Share of the KV cache on the GPU, 0..1."),
+    click.option("--attention-on-gpu", type=_SWITCH, metavar="0|1", help="Where decode attention runs."),
+    click.option("--ffn-on-gpu", type=_SWITCH, metavar="0|1", help="Where the experts run."),
+    click.option("--system", default="moe-lightning", metavar="S", show_default=True, help="Schedule to use."),
+)
+
+search_options = _stack(
+    click.option("--model", required=True, metavar="M", help="Catalog name, config.json or checkpoint folder."),
+    click.option("--hardware", required=True, metavar="H", help="Catalog name or hardware file."),
+    click.option("--workload", required=True, metavar="W", help="Catalog name, file, or PROMPT_LEN,GEN_LEN."),
+    click.option("--gen-len", type=int, metavar="G", help="Tokens to generate per request."),
+    click.option("--prompt-len", type=int, metavar="S", help="Give every prompt this length."),
+    click.option("--padded", is_flag=True, help="Pad every prompt to the workload's longest."),
+    click.option("--objective", type=click.Choice(["throughput", "paper"]), default="throughput"),
+    click.option("--solver", type=click.Choice(["grid", "milp"]), default="grid"),
+    click.option("--efficiency", metavar="spec|paper|measured|fitted", help="Rates to use (default: the best known)."),
+    click.option("--device-memory", type=Capacity(), help="Use this much GPU memory, e.g. 16GiB."),
+    click.option("--link-bandwidth", type=Bandwidth(), default=_NO_BANDWIDTH, help="Pace the link, e.g. 2GB/s."),
+    click.option("--max-batch-size", type=click.IntRange(min=1), metavar="N", help="Largest N to search."),
+)
+
+plan_options = _stack(search_options, policy_options)
+
+
+@contextlib.contextmanager
+def executor_needed() -> Iterator[None]:
+    """Turn a missing torch (or what comes with it) into one line that says what to install."""
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        package = (error.name or "").split(".")[0]
+        if package not in _EXECUTOR_PACKAGES:
+            raise
+        raise HrmError(f'this command needs {package}: pip install "moe-hrm[executor]".') from None
+
+
+def policy_of(
+    *,
+    batch_size: int | None,
+    micro_batch_size: int | None,
+    weights_on_gpu: float | None,
+    kv_on_gpu: float | None,
+    attention_on_gpu: int | None,
+    ffn_on_gpu: int | None,
+) -> Policy | None:
+    """The policy that was typed, or None if the planner is to choose one.
+
+    Raises
+    ------
+    click.UsageError
+        For a part of a policy without ``--batch-size``.
+    InvalidValue
+        For values out of range.
+    """
+    given = {
+        "micro_batch_size": micro_batch_size,
+        "weights_on_gpu": weights_on_gpu,
+        "kv_on_gpu": kv_on_gpu,
+        "attention_on_gpu": None if attention_on_gpu is None else bool(attention_on_gpu),
+        "ffn_on_gpu": None if ffn_on_gpu is None else bool(ffn_on_gpu),
+    }
+    given = {key: value for key, value in given.items() if value is not None}
+    if batch_size is None:
+        if given:
+            name = "--" + next(iter(given)).replace("_", "-")
+            raise click.UsageError(
+                f"{name} is part of a policy: add --batch-size, or leave it out and let the planner choose."
+            )
+        return None
+    values: dict[str, Any] = {"micro_batch_size": batch_size} | given
+    return Policy(batch_size=batch_size, **values)
+
+
+def with_link(machine: Hardware, bandwidth: float | None) -> Hardware:
+    """The machine with its link set to `bandwidth` bytes/s, in its data sheet and in every rate set."""
+    if bandwidth is None:
+        return machine
+    speed = Quantity(bandwidth, source="set by the caller")
+    links = tuple(replace(link, bandwidth=speed) for link in machine.links)
+    return replace(machine.with_link(bandwidth), links=links)
+
+
+def make_plan(
+    *,
+    model: str,
+    hardware: str,
+    workload: str,
+    gen_len: int | None,
+    prompt_len: int | None,
+    padded: bool,
+    objective: str,
+    solver: str,
+    efficiency: str | None,
+    device_memory: int | None,
+    link_bandwidth: float | None,
+    max_batch_size: int | None,
+    system: str,
+    **policy: Any,
+) -> Plan:
+    """Search for a policy, or evaluate the one given, as the options of ``hrm plan`` say.
+
+    Raises
+    ------
+    HrmError
+        For unknown names, bad values, what this version lacks, or what does not fit.
+    """
+    chosen = policy_of(**policy)
+    if chosen is not None and max_batch_size is not None:
+        raise click.UsageError("--max-batch-size bounds the search, and with --batch-size there is none.")
+    check_buildable(system, chosen)
+    if objective != "throughput":
+        raise NotBuiltYet(f"--objective {objective} is not built yet; this version has 'throughput'.")
+    if solver != "grid":
+        raise NotBuiltYet(f"--solver {solver} is not built yet; this version has 'grid'.")
+    the_model: MoEModel = load_model(model)
+    machine = with_link(load_hardware(hardware).with_capacity(gpu_bytes=device_memory), link_bandwidth)
+    requests = Workload.parse(workload).with_options(
+        gen_len=gen_len, prompt_len=prompt_len, padded=True if padded else None
+    )
+    if chosen is not None:
+        return evaluate(the_model, machine, requests, chosen, efficiency=efficiency)
+    return plan(the_model, machine, requests, efficiency=efficiency, max_batch_size=max_batch_size)

@@ -1,0 +1,90 @@
+"""Lanes: order, waiting, pacing, and what happens when a task fails."""
+
+from __future__ import annotations
+
+import threading
+import time
+
+import pytest
+import torch
+
+from executor.lanes import PacedLink, run_lanes
+from executor.machine import OtherLoad, machine_facts
+from hrm.errors import InvalidValue
+from simulator.schedules import cgopipe
+from simulator.task import Op
+
+CPU = torch.device("cpu")
+
+
+def test_every_task_runs_once_after_its_dependencies() -> None:
+    """Handlers are called once per task, in lane order, when the dependencies have ended."""
+    schedule = cgopipe(num_layers=3, num_micro_batches=4, decode_steps=2)
+    done: dict[str, float] = {}
+    lock = threading.Lock()
+
+    def handler(op: Op):
+        def run(step: int, layer: int, part: int, ready: float) -> None:
+            with lock:
+                done[f"{op.value}({step},{layer},{part})"] = time.perf_counter()
+
+        return run
+
+    start, end = run_lanes(schedule, {op: handler(op) for op in Op}, device=CPU)
+    assert set(done) == set(schedule.labels()) and len(done) == len(schedule)
+    for task in schedule:
+        for dep in task.deps:
+            assert start[task.id] >= end[dep]
+
+
+def test_a_failing_task_stops_all_lanes() -> None:
+    """The first error comes out as itself, and no worker is left behind."""
+    schedule = cgopipe(num_layers=4, num_micro_batches=3, decode_steps=2)
+    before = threading.active_count()
+
+    def fail(step: int, layer: int, part: int, ready: float) -> None:
+        raise RuntimeError(f"no kernel for {layer}")
+
+    handlers = {op: (lambda *_: None) for op in Op} | {Op.CPU_ATTN: fail}
+    with pytest.raises(RuntimeError, match="no kernel for 0"):
+        run_lanes(schedule, handlers, device=CPU)
+    assert threading.active_count() == before
+
+
+def test_progress_is_reported_per_task() -> None:
+    """The callback sees every task's class and step."""
+    schedule = cgopipe(num_layers=2, num_micro_batches=2, decode_steps=1)
+    seen: list[tuple[Op, int]] = []
+    run_lanes(
+        schedule, {op: (lambda *_: None) for op in Op}, device=CPU, on_done=lambda op, step: seen.append((op, step))
+    )
+    assert len(seen) == len(schedule)
+    assert sorted(step for op, step in seen if op is Op.SAMPLE) == [0, 0, 1, 1]
+
+
+def test_paced_link_copies_and_is_never_faster_than_its_pace() -> None:
+    """Bytes arrive unchanged, and not before their time; waiting transfers keep the pace together."""
+    source = torch.randint(0, 255, (3_000_001,), dtype=torch.uint8)
+    target = torch.zeros_like(source)
+    link = PacedLink(100e6)
+    begin = time.perf_counter()
+    link.copy(target, source)
+    link.copy(target, source, ready=begin)
+    spent = time.perf_counter() - begin
+    assert torch.equal(source, target)
+    assert spent >= 2 * source.numel() / 100e6 - 1e-3
+
+
+def test_paced_link_needs_a_pace() -> None:
+    """Zero and negative bandwidths are refused."""
+    for bad in (0.0, -1.0):
+        with pytest.raises(InvalidValue, match="must be > 0"):
+            PacedLink(bad)
+
+
+def test_other_load_and_facts() -> None:
+    """The share of others is a share, and the facts name the machine and the versions."""
+    with OtherLoad() as load:
+        sum(range(10000))
+    assert 0 <= load.share <= 1
+    assert {"cpu", "cores", "memory_bytes", "torch", "transformers", "python", "date"} <= set(machine_facts())

@@ -1,0 +1,34 @@
+"""The probe yields a complete, loadable hardware file from real measurements."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from executor import probe as probe_module
+from executor.probe import Prober
+from hrm import Hardware, MoEModel, Workload, plan
+
+
+def test_probe_measures_and_round_trips(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A (shortened) probe of this machine gives positive rates, saves, loads, and can be planned with."""
+    monkeypatch.setattr(probe_module, "_PASSES", 1)
+    monkeypatch.setattr(probe_module, "_COLD_BYTES", 32 * 2**20)
+    monkeypatch.setattr(probe_module, "_TIME_PER_POINT", 0.002)
+    model = MoEModel.from_catalog("mixtral-tiny")
+    notes: list[str] = []
+    prober = Prober(model, device=__import__("torch").device("cpu"), progress=notes.append)
+    machine = prober.hardware()
+    rates = machine.rates()
+    assert rates.provenance == "measured" and machine.shared_memory
+    assert rates.cores is not None and 1 <= rates.cores <= 8
+    assert 0 < rates.h2d_bandwidth == rates.copy_bandwidth
+    assert min(y for _, y in rates.gpu_experts.points) > 0
+    assert any("all lanes at once" in note for note in notes)
+    machine.save(tmp_path / "here.json")
+    again = Hardware.from_file(tmp_path / "here.json")
+    assert again.rates() == rates
+    assert plan(model, again.with_link(1e9), Workload.uniform(8, 4)).policy.batch_size >= 1
+    fresh = prober.refresh(passes=1).rates()
+    assert fresh.cores == rates.cores and fresh.gpu_gemm != rates.gpu_gemm

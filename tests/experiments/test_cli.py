@@ -1,0 +1,476 @@
+"""The command line: what it prints, what it refuses, and what a killed run leaves behind."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from experiments.cli import main
+from experiments.options import PACED_LINK
+from hrm.catalog import load_hardware
+from hrm.errors import DoesNotFit, InvalidValue
+from hrm.units import parse_bandwidth
+
+L4 = ["--model", "mixtral-8x7b", "--hardware", "gcp-l4-1x", "--workload", "mtbench"]
+TINY = ["--model", "mixtral-tiny", "--hardware", "gcp-l4-1x", "--workload", "8,5"]
+GIVEN = ["--batch-size", "4", "--micro-batch-size", "2"]
+
+
+@pytest.fixture
+def hrm(capsys: pytest.CaptureFixture[str]) -> Any:
+    """Runs the command in this process: exit code, stdout and stderr."""
+
+    def call(*args: object) -> SimpleNamespace:
+        capsys.readouterr()
+        code = main([str(arg) for arg in args])
+        out, err = capsys.readouterr()
+        return SimpleNamespace(code=code, out=out, err=err)
+
+    return call
+
+
+@pytest.fixture
+def hrm_json(hrm: Any) -> Any:
+    """Runs the command with --json and returns the object."""
+
+    def call(*args: object) -> dict[str, Any]:
+        done = hrm(*args, "--json")
+        assert done.code == 0, done.err
+        assert done.out.count("\n") == 1
+        result = json.loads(done.out)
+        assert isinstance(result, dict)
+        return result
+
+    return call
+
+
+@pytest.fixture
+def refused(hrm: Any) -> Any:
+    """Runs a command that must fail with one line on stderr and nothing on stdout; returns the line."""
+
+    def call(*args: object, code: int = 2) -> str:
+        done = hrm(*args)
+        assert (done.code, done.out) == (code, "")
+        assert done.err.startswith("hrm: error: ") and done.err.count("\n") == 1
+        return done.err
+
+    return call
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A mixtral-tiny checkpoint that the command made."""
+    pytest.importorskip("torch")
+    folder = tmp_path_factory.mktemp("checkpoint") / "tiny"
+    assert main(["make-checkpoint", "--model", "mixtral-tiny", "--out", str(folder), "--json"]) == 0
+    return folder
+
+
+@pytest.fixture
+def run(hrm: Any, checkpoint: Path) -> Any:
+    """Runs `hrm run` on the tiny checkpoint with a given policy."""
+
+    def call(*args: object) -> SimpleNamespace:
+        base = ("run", "--checkpoint", checkpoint, "--link-bandwidth", "none", "--device", "cpu", *GIVEN)
+        return hrm(*base, "--gen-len", 4, *args)
+
+    return call
+
+
+def test_start_up_imports_nothing_heavy() -> None:
+    """Importing the command line loads neither torch nor pandas nor matplotlib."""
+    code = (
+        "import experiments.cli, sys; "
+        "print([m for m in ('torch', 'transformers', 'pandas', 'matplotlib') if m in sys.modules])"
+    )
+    assert subprocess.check_output([sys.executable, "-c", code], text=True) == "[]\n"
+
+
+@pytest.mark.parametrize(
+    ("command", "name"), [("models", "mixtral-8x7b"), ("hardware", "gcp-l4-1x"), ("workloads", "mtbench")]
+)
+def test_catalog_is_listed(hrm: Any, hrm_json: Any, command: str, name: str) -> None:
+    """Each catalog prints as a table and as JSON."""
+    assert name in hrm(command).out
+    assert name in [entry["name"] for entry in hrm_json(command)[command]]
+
+
+def test_plan_has_the_keys_of_the_contract(hrm_json: Any) -> None:
+    """Scripts rely on these keys of the plan."""
+    result = hrm_json("plan", *L4)
+    assert {"policy", "predicted", "memory", "bound_tok_s", "search"} <= set(result)
+    assert {"throughput_tok_s", "prefill_s", "decode_s", "layer_s", "bottleneck"} <= set(result["predicted"])
+    assert {"gpu_bytes", "cpu_bytes"} <= set(result["memory"])
+    assert result["search"]["evaluated"] > 1000
+    assert result["policy"]["num_micro_batches"] > 1
+
+
+def test_given_policy_is_evaluated_as_given(hrm_json: Any) -> None:
+    """With --batch-size nothing is searched."""
+    result = hrm_json("plan", *L4, "--batch-size", 100, "--micro-batch-size", 32, "--weights-on-gpu", 0.05)
+    assert result["search"]["evaluated"] == 1
+    policy = result["policy"]
+    assert (policy["batch_size"], policy["micro_batch_size"], policy["weights_on_gpu"]) == (100, 32, 0.05)
+
+
+def test_micro_batch_size_defaults_to_the_batch(hrm_json: Any) -> None:
+    """One kernel handles the whole batch unless told otherwise."""
+    assert hrm_json("plan", *L4, "--batch-size", 24)["policy"]["num_micro_batches"] == 1
+
+
+def test_slower_link_lowers_the_prediction(hrm_json: Any) -> None:
+    """--link-bandwidth reaches every set of rates, the data sheet's included."""
+    for efficiency in ("paper", "spec"):
+        args = ("plan", *L4, "--efficiency", efficiency, *GIVEN)
+        fast, slow = hrm_json(*args), hrm_json(*args, "--link-bandwidth", "4GB/s")
+        ratio = slow["predicted"]["layer_s"] / fast["predicted"]["layer_s"]
+        assert ratio > 3
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["--weights-on-gpu", "0.1"], "--batch-size"),
+        (["--batch-size", "4", "--micro-batch-size", "8"], "'micro_batch_size'"),
+        (["--batch-size", "four"], "'four'"),
+        (["--batch-size", "4", "--max-batch-size", "4"], "--max-batch-size"),
+        (["--batch-size", "4", "--attention-on-gpu", "1"], "not built yet"),
+        (["--system", "flexgen"], "not built yet"),
+        (["--system", "flexgan"], "unknown system"),
+        (["--objective", "paper"], "not built yet"),
+        (["--solver", "milp"], "not built yet"),
+        (["--efficiency", "measured"], "Known: paper, spec"),
+        (["--device-memory", "16"], "'16 GiB'"),
+        (["--link-bandwidth", "fast"], "'none'"),
+        (["--gen-len", "0"], "'gen_len'"),
+        (["--no-such-option"], "--no-such-option"),
+    ],
+)
+@pytest.mark.parametrize("command", ["plan", "simulate"])
+def test_bad_options_are_one_line(refused: Any, command: str, options: list[str], words: str) -> None:
+    """Every refusal names what is wrong, on one line, with exit code 2."""
+    assert words in refused(command, *L4, *options)
+
+
+def test_what_does_not_fit_exits_with_3(refused: Any) -> None:
+    """Too little memory is another kind of failure than bad input."""
+    assert "GPU memory" in refused("plan", *L4, "--batch-size", 64, "--weights-on-gpu", 0.9, code=3)
+    assert "does not fit" in refused("plan", *L4, "--device-memory", "1GiB", code=3)
+
+
+@pytest.mark.parametrize(
+    "args",
+    [
+        ("calibrate", "--rows", "x"),
+        ("reproduce", "all", "--out", "d"),
+        ("experts", "cache", "--slots", "2,4"),
+    ],
+)
+def test_commands_to_come_say_so(refused: Any, args: tuple[str, ...]) -> None:
+    """A command of the contract that is not built takes any arguments and exits with 2."""
+    assert f"'hrm {args[0]}' is not built yet" in refused(*args)
+
+
+def test_unknown_command_and_name(refused: Any) -> None:
+    """Misspelt commands and catalog names are named."""
+    assert "'plam'" in refused("plam")
+    assert "Did you mean 'mixtral-8x7b'?" in refused("plan", *L4[2:], "--model", "mixtral-8x7")
+
+
+def test_interrupt_is_one_line(hrm: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ctrl-C ends with 130 and no traceback."""
+
+    def stop(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("experiments.cli.make_plan", stop)
+    done = hrm("plan", *L4)
+    assert (done.code, done.err.strip()) == (130, "hrm: error: interrupted")
+
+
+def test_reader_that_goes_away_leaves_no_traceback() -> None:
+    """A closed pipe on stdout is not an error to report."""
+    program = "import sys; from experiments.cli import main; sys.exit(main())"
+    process = subprocess.Popen(
+        [sys.executable, "-c", program, "models"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    assert process.stdout is not None and process.stderr is not None
+    process.stdout.close()
+    assert process.stderr.read() == ""
+    process.stderr.close()
+    assert process.wait() != 0
+
+
+def test_missing_torch_says_what_to_install(refused: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without the executor's packages, its commands name the extra."""
+    for name in [name for name in sys.modules if name.split(".")[0] in ("torch", "executor")]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, "torch", None)
+    assert "moe-hrm[executor]" in refused("make-checkpoint", "--model", "mixtral-tiny", "--out", "nowhere")
+
+
+def test_roofline_places_the_case_study(hrm_json: Any, tmp_path: Path) -> None:
+    """On the L4, P1 of a compute-bound CPU operator is 81.25 FLOP/B, and attention stays on the CPU."""
+    figure = tmp_path / "roofline.png"
+    result = hrm_json(
+        "roofline", *L4[:4], "--batch", 32, 1024, "--batch", 64, "--micro-batch", 128,
+        "--attention-flops", "paper", "--out", figure,
+    )  # fmt: skip
+    points = {(p["name"], p["batch"]): p for p in result["operators"]}
+    assert {batch for _, batch in points} == {32, 64, 1024}
+    assert points["expert_ffn", 1024]["p1"] == 81.25
+    assert points["expert_ffn", 1024]["bound_by"] == "link"
+    assert points["expert_ffn", 1024]["intensity"]["gpu"] < points["expert_ffn", 1024]["intensity"]["cpu"]
+    assert points["attention", 32]["bound_by"] == "CPU memory"
+    assert points["attention", 32]["intensity"]["cpu"] == pytest.approx(2.0, rel=0.01)
+    assert figure.read_bytes().startswith(b"\x89PNG")
+
+
+def test_int4_cache_raises_the_intensity_of_attention(hrm_json: Any) -> None:
+    """A quarter of the bytes for the same work."""
+    args = ("roofline", *L4[:4], "--batch", 1, "--attention-flops", "paper")
+    half, quarter = (hrm_json(*args, "--kv-dtype", t)["operators"][0] for t in ("bfloat16", "int4"))
+    assert quarter["intensity"]["cpu"] == pytest.approx(4 * half["intensity"]["cpu"])
+
+
+def test_simulate_has_the_keys_of_the_contract(hrm_json: Any, tmp_path: Path) -> None:
+    """Scripts rely on these keys; the files hold every task of a run that is played whole."""
+    trace, timeline, gantt = tmp_path / "t.json", tmp_path / "l.json", tmp_path / "g.png"
+    files = ("--trace", trace, "--timeline", timeline, "--gantt", gantt)
+    result = hrm_json("simulate", *TINY, *GIVEN, "--exact", *files)
+    assert {
+        "throughput_tok_s", "prefill_s", "decode_s", "num_tasks", "played_tasks", "simulated_s", "wall_s",
+        "tasks_per_s", "utilization", "policy", "model", "hardware", "workload",
+    } <= set(result)  # fmt: skip
+    assert result["num_tasks"] == result["played_tasks"] == len(json.loads(timeline.read_text())["start"])
+    assert sum(e["ph"] == "X" for e in json.loads(trace.read_text())["traceEvents"]) == result["num_tasks"]
+    assert gantt.stat().st_size > 1000
+
+
+def test_padding_costs_throughput(hrm_json: Any) -> None:
+    """Padded prompts make the same policy slower."""
+    args = ("simulate", *L4, "--gen-len", 4, "--batch-size", 64, "--micro-batch-size", 16)
+    assert hrm_json(*args, "--padded")["throughput_tok_s"] < hrm_json(*args)["throughput_tok_s"]
+
+
+@pytest.mark.parametrize("option", ["--trace", "--timeline", "--gantt"])
+def test_output_paths_are_checked_first(refused: Any, tmp_path: Path, option: str) -> None:
+    """A folder that is not there is an error before anything is computed."""
+    assert "does not exist" in refused("simulate", *TINY, option, tmp_path / "none" / "x.png")
+
+
+def test_compare_sets_a_timeline_beside_itself(hrm: Any, hrm_json: Any, tmp_path: Path) -> None:
+    """A prediction compared with itself is off by nothing, in every class and lane."""
+    file, figure = tmp_path / "l.json", tmp_path / "c.png"
+    assert hrm("simulate", *TINY, *GIVEN, "--timeline", file).code == 0
+    result = hrm_json("compare", file, file, "--out", figure)
+    assert {row["ratio"] for row in result["tasks"]} == {1.0}
+    assert [row["lane"] for row in result["lanes"]] == ["gpu", "cpu", "h2d", "d2h", "pin"]
+    assert result["totals"]["makespan_s"]["ratio"] == 1.0
+    phases = [row["phase"] for row in result["tasks"]]
+    assert phases == sorted(phases, reverse=True)
+    assert sum(row["tasks"] for row in result["tasks"]) == len(json.loads(file.read_text())["start"])
+    assert figure.stat().st_size > 1000
+    assert "PostAttn" in hrm("compare", file, file).out
+
+
+def test_compare_refuses_what_cannot_be_compared(hrm: Any, refused: Any, tmp_path: Path) -> None:
+    """Different schedules, and files that are no timelines, are one line each."""
+    one, other, bad = tmp_path / "1.json", tmp_path / "2.json", tmp_path / "3.json"
+    assert hrm("simulate", *TINY, *GIVEN, "--timeline", one).code == 0
+    assert hrm("simulate", *TINY, *GIVEN, "--gen-len", 7, "--timeline", other).code == 0
+    message = refused("compare", one, other)
+    assert "5 steps" in message and "7 steps" in message
+    bad.write_text('{"format": "moe-hrm timeline 1"}')
+    assert "damaged" in refused("compare", one, bad)
+    assert "nothing.json" in refused("compare", one, tmp_path / "nothing.json")
+
+
+def test_make_checkpoint_resizes_the_config(hrm_json: Any, tmp_path: Path) -> None:
+    """Sizes change the config; a stored head size gives way to hidden / heads."""
+    pytest.importorskip("torch")
+    result = hrm_json(
+        "make-checkpoint", "--model", "mixtral-tiny", "--hidden", 96, "--layers", 2, "--experts", 4,
+        "--top-k", 3, "--dtype", "bfloat16", "--out", tmp_path / "c",
+    )  # fmt: skip
+    config = json.loads((tmp_path / "c" / "config.json").read_text())
+    assert (config["hidden_size"], config["num_hidden_layers"], config["num_local_experts"]) == (96, 2, 4)
+    assert (config["num_experts_per_tok"], config["dtype"]) == (3, "bfloat16")
+    assert "head_dim" not in config
+    assert result["bytes"] > 2 * result["parameters"]
+
+
+def test_make_checkpoint_refuses(refused: Any, checkpoint: Path, tmp_path: Path) -> None:
+    """A folder in use, a size that does not divide and an unknown type are one line each."""
+    make = ("make-checkpoint", "--model", "mixtral-tiny", "--out")
+    assert "not an empty folder" in refused(*make, checkpoint)
+    assert "'hidden_size'" in refused(*make, tmp_path / "c", "--hidden", 98)
+    assert "'dtype'" in refused(*make, tmp_path / "c", "--dtype", "int4")
+
+
+def test_run_reports_and_writes(run: Any, tmp_path: Path) -> None:
+    """A run writes one line per request and reports the keys of the contract."""
+    out, timeline = tmp_path / "o.jsonl", tmp_path / "l.json"
+    done = run("--random-prompts", "6,8", "--ignore-eos", "--out", out, "--timeline", timeline, "--json")
+    assert done.code == 0, done.err
+    result = json.loads(done.out)
+    assert {"throughput_tok_s", "prefill_s", "decode_s", "peak_memory", "utilization", "policy"} <= set(result)
+    assert (result["generated_tokens"], result["batches"]) == (24, 2)
+    assert (result["device"], result["link_bandwidth"]) == ("cpu", None)
+    lines = [json.loads(line) for line in out.read_text().splitlines()]
+    assert sorted(line["id"] for line in lines) == list(range(6))
+    assert all(len(line["output_ids"]) == 4 and line["text"] is None for line in lines)
+    assert json.loads(timeline.read_text())["source"] == "measured"
+
+
+def test_killed_run_resumes_to_the_same_outputs(run: Any, tmp_path: Path) -> None:
+    """After a kill, finished requests stay, the torn line goes, and the rest comes out as it would have."""
+    whole, cut = tmp_path / "whole.jsonl", tmp_path / "cut.jsonl"
+    assert run("--random-prompts", "6,8", "--out", whole).code == 0
+    lines = whole.read_text().splitlines(keepends=True)
+    cut.write_text("".join(lines[:2]) + lines[2][:20])
+    done = run("--random-prompts", "6,8", "--out", cut, "--resume", "--json")
+    assert json.loads(done.out)["skipped"] == 2
+    assert sorted(cut.read_text().splitlines()) == sorted(whole.read_text().splitlines())
+    again = run("--random-prompts", "6,8", "--out", cut, "--resume")
+    assert again.code == 0 and "nothing left to do" in again.out
+
+
+def test_existing_outputs_are_not_touched(run: Any, tmp_path: Path) -> None:
+    """Without --resume a file with content is refused, and a file of another kind always."""
+    out = tmp_path / "o.jsonl"
+    out.write_text("notes of mine")
+    for options, words in (([], "--resume"), (["--resume"], "another --out")):
+        done = run("--random-prompts", "2,4", "--out", out, *options)
+        assert done.code == 2 and words in done.err
+    assert out.read_text() == "notes of mine"
+
+
+@pytest.mark.parametrize(
+    ("line", "words"),
+    [
+        ("{", "not JSON"),
+        ("[1]", "not a JSON object"),
+        ('{"prompt_ids": [1]}', "'id'"),
+        ('{"id": "b"}', "'prompt_ids' or 'prompt'"),
+        ('{"id": "b", "prompt": "hello"}', "no tokenizer"),
+        ('{"id": "b", "prompt_ids": [1, 2.5]}', "whole numbers"),
+        ('{"id": "b", "prompt_ids": [true]}', "whole numbers"),
+        ('{"id": "b", "prompt_ids": []}', "empty"),
+        ('{"id": "b", "prompt_ids": [256]}', "0..255"),
+        ('{"id": "a", "prompt_ids": [1]}', "line 1 already"),
+        (json.dumps({"id": "b", "prompt_ids": [1] * 600}), "512 positions"),
+    ],
+)
+def test_malformed_prompts_name_the_line(run: Any, tmp_path: Path, line: str, words: str) -> None:
+    """The file and the line number stand in the message; blank lines count but do not matter."""
+    file, out = tmp_path / "p.jsonl", tmp_path / "o.jsonl"
+    file.write_text(f'{{"id": "a", "prompt_ids": [1, 2]}}\n\n{line}\n')
+    done = run("--prompts", file, "--out", out)
+    assert done.code == 2 and done.err.count("\n") == 1
+    assert "p.jsonl', line 3" in done.err and words in done.err
+    assert not out.exists()
+
+
+def test_text_prompts_go_through_the_checkpoints_tokenizer(hrm: Any, checkpoint: Path, tmp_path: Path) -> None:
+    """With a tokenizer beside the weights, text goes in and text comes out."""
+    tokenizers = pytest.importorskip("tokenizers")
+    folder = tmp_path / "with-tokenizer"
+    folder.mkdir()
+    for file in checkpoint.iterdir():
+        (folder / file.name).symlink_to(file)
+    words = tokenizers.models.WordLevel({f"w{i}": i for i in range(256)}, unk_token="w0")
+    tokenizer = tokenizers.Tokenizer(words)
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    tokenizer.save(str(folder / "tokenizer.json"))
+    (folder / "tokenizer_config.json").write_text('{"tokenizer_class": "PreTrainedTokenizerFast"}')
+    prompts, out = tmp_path / "p.jsonl", tmp_path / "o.jsonl"
+    prompts.write_text('{"id": "a", "prompt": "w1 w2 w3"}\n{"id": "b", "prompt_ids": [1, 2, 3]}\n')
+    done = hrm(
+        "run", "--checkpoint", folder, "--prompts", prompts, "--gen-len", 3, "--batch-size", 2,
+        "--ignore-eos", "--device", "cpu", "--out", out,
+    )  # fmt: skip
+    assert done.code == 0, done.err
+    assert "paced to 2 GB/s (no GPU: stand-in for PCIe)" in done.out
+    first, second = (json.loads(line) for line in out.read_text().splitlines())
+    assert first["output_ids"] == second["output_ids"]
+    assert first["text"].split() == [f"w{i}" for i in first["output_ids"]]
+
+
+def test_run_needs_its_arguments(run: Any, hrm: Any, tmp_path: Path) -> None:
+    """Prompts from nowhere or twice, a checkpoint that is none, and too small a device are one line each."""
+    for args, words, code in (
+        ((), "--prompts", 2),
+        (("--random-prompts", "3"), "'16,128'", 2),
+        (("--random-prompts", "3,4", "--resume"), "--out", 2),
+        (("--random-prompts", "3,600"), "512 positions", 2),
+        (("--random-prompts", "3,4", "--system", "fastdecode"), "not built yet", 2),
+        (("--random-prompts", "3,4", "--device-memory", "1MiB"), "device memory", 3),
+    ):
+        done = run(*args)
+        assert done.code == code and done.err.count("\n") == 1 and words in done.err
+    done = hrm("run", "--checkpoint", tmp_path / "none", "--random-prompts", "1,1", "--gen-len", 1)
+    assert done.code == 2 and "is not a folder" in done.err
+
+
+def test_policy_is_planned_from_a_hardware_file(hrm: Any, checkpoint: Path) -> None:
+    """Without policy options the planner decides, here for a machine of the catalog."""
+    done = hrm(
+        "run", "--checkpoint", checkpoint, "--random-prompts", "4,6", "--gen-len", 2,
+        "--hardware", "gcp-l4-1x", "--device", "cpu", "--link-bandwidth", "none", "--json",
+    )  # fmt: skip
+    assert done.code == 0, done.err
+    assert json.loads(done.out)["policy"]["batch_size"] <= 4
+
+
+def test_default_link_pace_is_the_executors() -> None:
+    """The pace shown in the help is the one that the executor uses on its own."""
+    generate = pytest.importorskip("executor.generate", exc_type=ImportError)
+    assert parse_bandwidth(PACED_LINK) == generate.DEFAULT_LINK_BANDWIDTH
+
+
+def test_probe_writes_what_plan_reads(hrm: Any, hrm_json: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The file of a probe is a machine for the planner; the measuring itself is tested elsewhere."""
+    pytest.importorskip("torch")
+    machine = load_hardware("gcp-l4-1x")
+    stand_in = replace(machine, rate_sets={"measured": machine.spec_rates()})
+    monkeypatch.setattr("experiments.running.measure", lambda model, device: stand_in)
+    file = tmp_path / "here.json"
+    assert "written to" in hrm("probe", "--out", file).out
+    assert hrm_json("plan", *L4[:2], "--hardware", file, *L4[4:])["efficiency"] == "measured"
+
+
+def test_validate_hands_its_options_on(hrm: Any, hrm_json: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The validation gets the options in SI units, and its result is printed either way."""
+    seen: dict[str, Any] = {}
+
+    def run_validation(**options: Any) -> dict[str, Any]:
+        seen.update(options)
+        return {"cases": []}
+
+    module = SimpleNamespace(run_validation=run_validation, render=lambda result: "a table")
+    monkeypatch.setitem(sys.modules, "experiments.validation", module)
+    assert hrm_json("validate", "--quick", "--device-memory", "1GiB", "--out", "here") == {"cases": []}
+    assert seen == {
+        "checkpoint": None,
+        "quick": True,
+        "device": None,
+        "device_memory": 2**30,
+        "link_bandwidth": 2e9,
+        "out": Path("here"),
+        "as_json": True,
+    }
+    assert hrm("validate", "--link-bandwidth", "none").out == "a table\n"
+    assert seen["link_bandwidth"] is None
+
+
+def test_exit_codes_are_the_errors_own() -> None:
+    """Bad input is 2 and what does not fit is 3."""
+    assert (InvalidValue.exit_code, DoesNotFit.exit_code) == (2, 3)

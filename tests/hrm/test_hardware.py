@@ -1,0 +1,413 @@
+"""Machines: files, provenance, rate sets, curves."""
+
+from __future__ import annotations
+
+import copy
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from hrm import Hardware, catalog
+from hrm.errors import HrmError, InvalidConfig, InvalidValue, UnknownName
+from hrm.hardware import RATE_SETS, Curve
+
+MACHINES = catalog.names("hardware")
+
+
+@pytest.fixture
+def l4() -> Hardware:
+    """The machine of the paper's case study."""
+    return Hardware.from_catalog("gcp-l4-1x")
+
+
+@pytest.fixture
+def data(l4: Hardware) -> dict[str, Any]:
+    """Its file's content, free to be changed."""
+    return copy.deepcopy(l4.to_dict())
+
+
+def load(data: dict[str, Any]) -> Hardware:
+    """Read a machine from a file's content."""
+    return Hardware.from_dict(data, name="box")
+
+
+def test_case_study_numbers(l4: Hardware) -> None:
+    """The L4 box has the numbers of MoE-Lightning, section 3.3."""
+    assert float(l4.cpu.bandwidth) == 100e9
+    assert float(l4.cpu.peak_flops) == 1.3e12
+    assert float(l4.cpu.capacity) == 192e9
+    assert float(l4.gpu.bandwidth) == 300e9
+    assert float(l4.gpu.peak_flops) == 242e12
+    assert float(l4.gpu.capacity) == 24e9
+    assert float(l4.h2d.bandwidth) == float(l4.d2h.bandwidth) == 16e9
+
+
+@pytest.mark.parametrize("name", MACHINES)
+def test_every_number_has_a_source(name: str) -> None:
+    """Every level, link and rate set of every catalog machine says where its numbers come from."""
+    machine = Hardware.from_catalog(name)
+    quantities = [q for x in machine.levels for q in (x.capacity, x.bandwidth, x.peak_flops)]
+    quantities += [link.bandwidth for link in machine.links]
+    assert all(q.source.strip() and q.provenance in RATE_SETS and float(q) > 0 for q in quantities)
+    assert all(rates.source.strip() for rates in machine.rate_sets.values())
+    assert all(rates.provenance == key for key, rates in machine.rate_sets.items())
+    assert machine.name == name
+
+
+@pytest.mark.parametrize("name", MACHINES)
+def test_the_gpu_is_the_faster_level(name: str) -> None:
+    """The paper's assumption holds: the GPU's memory and compute are no slower than the CPU's."""
+    machine = Hardware.from_catalog(name)
+    assert float(machine.gpu.bandwidth) >= float(machine.cpu.bandwidth)
+    assert float(machine.gpu.peak_flops) >= float(machine.cpu.peak_flops)
+
+
+@pytest.mark.parametrize("name", MACHINES)
+def test_dict_and_file_round_trip(name: str, tmp_path: Path) -> None:
+    """A machine equals itself after a trip through its plain form and through a saved file."""
+    machine = Hardware.from_catalog(name)
+    assert Hardware.from_dict(machine.to_dict(), name=name) == machine
+    machine.save(tmp_path / f"{name}.json")
+    assert Hardware.from_file(tmp_path / f"{name}.json") == machine
+    assert Hardware.from_catalog(str(tmp_path / f"{name}.json")) == machine
+
+
+def test_round_trip_with_curves_and_overheads(l4: Hardware, tmp_path: Path) -> None:
+    """Measured curves, overheads, cores and facts survive a saved file to the last bit."""
+    curve = Curve(((1.0, 1e9), (7.0, 3.3e11), (512.0, 1.0 / 3.0 * 1e13)))
+    measured = replace(
+        l4.spec_rates(),
+        provenance="measured",
+        source="probe",
+        gpu_gemm=curve,
+        gpu_experts=curve,
+        cpu_attention=Curve(((64.0, 2e9), (4096.0, 7e9))),
+        gpu_launch_s=3.7e-6,
+        task_s=0.1 + 0.2,
+        transfer_s=0.0,
+        copy_bandwidth=4.4e9,
+        cores=1.7,
+    )
+    machine = replace(l4, rate_sets={"measured": measured}, facts={"host": "box", "seed": 3}, shared_memory=True)
+    machine.save(tmp_path / "m.json")
+    again = Hardware.from_file(tmp_path / "m.json")
+    assert again == machine
+    assert again.rates("measured").gpu_gemm.points == curve.points
+    assert again.shared_memory is True
+
+
+def test_saving_under_another_ending_is_refused(l4: Hardware, tmp_path: Path) -> None:
+    """Files are written as JSON, so another ending is refused and nothing is written."""
+    with pytest.raises(InvalidValue, match=r"written as .json"):
+        l4.save(tmp_path / "m.toml")
+    assert not list(tmp_path.iterdir())
+
+
+# -- rates --------------------------------------------------------------------------------------------
+
+
+def test_default_set_is_the_best_there_is(l4: Hardware) -> None:
+    """Fitted rates are chosen before measured, measured before the paper's, and those before the data sheet's."""
+    spec = l4.spec_rates()
+    sets = {key: replace(spec, provenance=key) for key in ("paper", "measured", "fitted")}
+    for best in ("fitted", "measured", "paper", "spec"):
+        assert replace(l4, rate_sets=sets).rates().provenance == best
+        sets.pop(best, None)
+
+
+def test_a_set_can_be_named(l4: Hardware) -> None:
+    """A named set is returned whatever the default is."""
+    assert l4.rates("paper").provenance == "paper"
+    assert l4.rates("spec") == l4.spec_rates()
+
+
+def test_an_unknown_set_is_refused(l4: Hardware) -> None:
+    """A set that the machine lacks is answered with those it has."""
+    with pytest.raises(UnknownName, match=r"efficiency of gcp-l4-1x 'papr'. Did you mean 'paper'"):
+        l4.rates("papr")
+    bare = replace(l4, rate_sets={})
+    with pytest.raises(UnknownName, match="Known: spec"):
+        bare.rates("measured")
+
+
+def test_spec_rates_are_the_data_sheet(l4: Hardware) -> None:
+    """Spec rates put every kernel at its roof with no overheads, and a staging copy reads and writes memory."""
+    rates = l4.rates("spec")
+    assert rates.gpu_gemm.peak == rates.gpu_experts.peak == 242e12
+    assert rates.h2d_bandwidth == 16e9
+    assert rates.staging_bandwidth == 50e9
+    assert (rates.gpu_launch_s, rates.task_s, rates.transfer_s, rates.cores) == (0.0, 0.0, 0.0, None)
+
+
+def test_what_a_set_leaves_out_is_the_data_sheets(data: dict[str, Any]) -> None:
+    """A rate set states what it knows; the rest is taken from the data sheet, and zero overheads are allowed."""
+    data["rates"] = {"measured": {"source": "me", "h2d_bandwidth": "12 GB/s", "task_s": 0}}
+    rates = load(data).rates()
+    assert (rates.h2d_bandwidth, rates.d2h_bandwidth, rates.task_s) == (12e9, 16e9, 0.0)
+    assert rates.gpu_gemm == Curve.constant(242e12)
+
+
+def test_with_link(l4: Hardware) -> None:
+    """Pacing sets both directions of every rate set and leaves the original alone; None changes nothing."""
+    paced = l4.with_link(2e9)
+    assert (paced.rates("paper").h2d_bandwidth, paced.rates("paper").d2h_bandwidth) == (2e9, 2e9)
+    assert l4.rates("paper").h2d_bandwidth == 16 * 2**30
+    assert l4.with_link(None) == l4
+
+
+def test_a_paced_link_is_no_faster_than_the_copies_that_carry_it(l4: Hardware) -> None:
+    """Where copies are made by a core, its copy rate caps the link."""
+    rates = replace(l4.rates("paper"), copy_bandwidth=3e9)
+    assert rates.with_link(50e9).h2d_bandwidth == 3e9
+    assert rates.with_link(1e9).d2h_bandwidth == 1e9
+
+
+@pytest.mark.parametrize("bandwidth", [0.0, -1.0, float("nan")])
+def test_a_link_must_have_a_bandwidth(l4: Hardware, bandwidth: float) -> None:
+    """A link of no or negative speed is refused with the value."""
+    with pytest.raises(InvalidValue, match=f"link bandwidth must be > 0: {bandwidth}"):
+        l4.with_link(bandwidth)
+
+
+def test_with_capacity(l4: Hardware) -> None:
+    """Only the memory that is named changes, and its source says so."""
+    small = l4.with_capacity(gpu_bytes=10**9)
+    assert float(small.gpu.capacity) == 1e9
+    assert small.gpu.capacity.source == "set by the caller"
+    assert small.cpu == l4.cpu
+    assert small.gpu.bandwidth == l4.gpu.bandwidth
+    assert l4.with_capacity() == l4
+
+
+@pytest.mark.parametrize("name", ["gpu_bandwidth", "task_s", "cores"])
+@pytest.mark.parametrize("value", [-1.0, float("nan")])
+def test_rates_are_not_negative(l4: Hardware, name: str, value: float) -> None:
+    """A negative or undefined rate is refused with its name and value."""
+    with pytest.raises(InvalidConfig, match=f"rate '{name}' must be >= 0: {value}"):
+        replace(l4.spec_rates(), **{name: value})
+
+
+@pytest.mark.parametrize("name", ["h2d_bandwidth", "dram_bandwidth", "gpu_bandwidth", "cpu_attention_flops"])
+@pytest.mark.xfail(strict=True, reason="a zero is let through for every rate, not only for overheads")
+def test_a_bandwidth_of_zero_is_refused(data: dict[str, Any], name: str) -> None:
+    """A rate that something is divided by must be positive in a file too."""
+    data["rates"] = {"measured": {"source": "me", name: 0}}
+    with pytest.raises(InvalidConfig, match=name):
+        load(data)
+
+
+# -- refusals -----------------------------------------------------------------------------------------
+
+
+def test_unknown_keys_are_named(data: dict[str, Any]) -> None:
+    """A stray key at any depth is refused by name."""
+    for place in (
+        data,
+        data["levels"]["gpu"],
+        data["levels"]["gpu"]["capacity"],
+        data["links"][0],
+        data["rates"]["paper"],
+    ):
+        place["colour"] = 1
+        with pytest.raises(UnknownName, match="'colour'"):
+            load(data)
+        del place["colour"]
+    assert load(data).gpu.name == "gpu"
+
+
+def test_missing_keys_are_named(data: dict[str, Any]) -> None:
+    """A missing key at any depth is refused by name."""
+    for place, key in (
+        (data, "levels"),
+        (data, "links"),
+        (data["levels"]["cpu"], "bandwidth"),
+        (data["levels"]["cpu"], "processor"),
+        (data["levels"]["cpu"]["bandwidth"], "source"),
+        (data["levels"]["cpu"]["bandwidth"], "value"),
+        (data["links"][0], "source"),
+        (data["rates"]["paper"], "source"),
+    ):
+        kept = place.pop(key)
+        with pytest.raises(InvalidConfig, match=f"lacks '{key}'"):
+            load(data)
+        place[key] = kept
+
+
+@pytest.mark.parametrize("level", ["gpu", "cpu"])
+def test_both_levels_are_needed(data: dict[str, Any], level: str) -> None:
+    """A machine without a GPU level or without a CPU level is refused by the level's name."""
+    del data["levels"][level]
+    data["links"], data["rates"] = [], {}
+    with pytest.raises(InvalidConfig, match=f"lacks the memory level '{level}'"):
+        load(data)
+
+
+def test_links_must_lead_somewhere(data: dict[str, Any]) -> None:
+    """A link to a level that is not there is refused with both ends."""
+    data["links"][0]["target"] = "disk"
+    with pytest.raises(InvalidConfig, match="links unknown levels cpu->disk"):
+        load(data)
+
+
+def test_a_missing_direction_is_named(l4: Hardware) -> None:
+    """Asking for a link that is not there is answered with those that are."""
+    with pytest.raises(UnknownName, match=r"link 'gpu->disk'.*Known: cpu->gpu, gpu->cpu"):
+        l4.link("gpu", "disk")
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("capacity", "24 GB/s"),
+        ("bandwidth", "300 GB"),
+        ("peak_flops", "242 TB/s"),
+        ("capacity", 0),
+        ("capacity", "-1 GB"),
+    ],
+)
+def test_a_wrong_unit_is_refused_by_level(data: dict[str, Any], key: str, value: Any) -> None:
+    """A number in another quantity's unit is refused, and the message says where it stands."""
+    data["levels"]["gpu"][key]["value"] = value
+    with pytest.raises(InvalidConfig, match="level 'gpu'"):
+        load(data)
+
+
+def test_a_bare_number_is_refused(data: dict[str, Any]) -> None:
+    """A number without a source is not accepted."""
+    data["levels"]["gpu"]["capacity"] = "24 GB"
+    with pytest.raises(InvalidConfig, match=r"written \{value = ..., source = ...\}, not '24 GB'"):
+        load(data)
+
+
+def test_an_unknown_provenance_or_set_is_refused(data: dict[str, Any]) -> None:
+    """Provenances and rate sets come from a fixed list, and ``spec`` is derived, never stated."""
+    bad = copy.deepcopy(data)
+    bad["levels"]["gpu"]["capacity"]["provenance"] = "guessed"
+    with pytest.raises(UnknownName, match="guessed"):
+        load(bad)
+    for name in ("guessed", "spec"):
+        bad = copy.deepcopy(data)
+        bad["rates"][name] = bad["rates"]["paper"]
+        with pytest.raises(UnknownName, match=f"rate set '{name}'"):
+            load(bad)
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("gpu_gemm", "104 GB/s"),
+        ("gpu_gemm", [[2, 1e9], [1, 2e9]]),
+        ("gpu_gemm", [[1, 1e9], [1, 2e9]]),
+        ("gpu_gemm", []),
+        ("gpu_gemm", [[1, 0]]),
+        ("gpu_gemm", [1, 2]),
+        ("h2d_bandwidth", "16 GiB"),
+        ("task_s", "-1 us"),
+        ("cores", "two"),
+    ],
+)
+def test_a_bad_rate_is_refused_by_set(data: dict[str, Any], key: str, value: Any) -> None:
+    """A rate of the wrong unit or shape is refused, and the message says in which set."""
+    data["rates"]["paper"][key] = value
+    with pytest.raises(InvalidConfig, match="rates 'paper'"):
+        load(data)
+
+
+@pytest.mark.parametrize(
+    ("key", "value"), [("links", 5), ("rates", 5), ("rates", {"paper": 5}), ("levels", {"gpu": 5})]
+)
+@pytest.mark.xfail(
+    strict=True, raises=(TypeError, AttributeError), reason="entries are walked before it is known that they are tables"
+)
+def test_a_table_is_a_table(data: dict[str, Any], key: str, value: Any) -> None:
+    """A number where a table belongs is refused in one line."""
+    with pytest.raises(HrmError):
+        load({**data, key: value})
+
+
+@pytest.mark.parametrize(
+    ("name", "content"), [("x.toml", b"title = "), ("x.json", b"{"), ("x.json", b"[1]"), ("x.json", b"3")]
+)
+def test_damaged_files_are_refused(tmp_path: Path, name: str, content: bytes) -> None:
+    """A file that does not parse, or holds no table, is refused by its path."""
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(InvalidConfig, match=name):
+        Hardware.from_file(tmp_path / name)
+
+
+@pytest.mark.parametrize("name", ["x.toml", "x.json"])
+@pytest.mark.xfail(strict=True, raises=UnicodeDecodeError, reason="text that is not UTF-8 is not caught")
+def test_a_file_that_is_not_text_is_refused(tmp_path: Path, name: str) -> None:
+    """A binary file is refused in one line."""
+    (tmp_path / name).write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(InvalidConfig, match="does not parse"):
+        Hardware.from_file(tmp_path / name)
+
+
+def test_a_missing_file_and_an_unknown_name(tmp_path: Path) -> None:
+    """A path that is not there is refused by path, an unknown name with the nearest."""
+    with pytest.raises(InvalidConfig, match="cannot read hardware file"):
+        Hardware.from_catalog(str(tmp_path / "none.json"))
+    with pytest.raises(UnknownName, match="Did you mean 'gcp-l4-1x'"):
+        Hardware.from_catalog("gcp-l4")
+
+
+# -- curves -------------------------------------------------------------------------------------------
+
+points = st.lists(st.floats(0.5, 1e4), min_size=1, max_size=8, unique=True).flatmap(
+    lambda xs: st.lists(st.floats(1e9, 1e15), min_size=len(xs), max_size=len(xs)).map(
+        lambda ys: tuple(zip(sorted(xs), ys, strict=True))
+    )
+)
+
+
+@given(points, st.lists(st.floats(0.1, 2e4), min_size=1, max_size=10))
+def test_scalar_and_array_interpolation_agree(curve_points, sizes: list[float]) -> None:
+    """A curve gives the same rate for a number and for an array of numbers."""
+    curve = Curve(curve_points)
+    each = [curve.at(size) for size in sizes]
+    assert np.allclose(curve.at(np.array(sizes)), each, rtol=1e-9)
+
+
+@given(points)
+def test_a_curve_passes_through_its_points(curve_points) -> None:
+    """A curve has its own value at each point and is constant outside them."""
+    curve = Curve(curve_points)
+    assert all(curve.at(x) == pytest.approx(y, rel=1e-8) for x, y in curve_points)
+    assert curve.at(0) == curve_points[0][1]
+    assert curve.at(10**6) == curve_points[-1][1]
+    assert curve.peak == max(y for _, y in curve_points)
+
+
+def test_a_curve_is_linear_between_points() -> None:
+    """Halfway in size is halfway in rate: linear, not logarithmic."""
+    curve = Curve(((1.0, 10.0), (101.0, 1010.0)))
+    assert curve.at(51) == pytest.approx(510.0)
+    assert curve.at(np.array([1, 51, 101])).tolist() == pytest.approx([10.0, 510.0, 1010.0])
+
+
+@pytest.mark.parametrize("bad", [(), ((2.0, 1.0), (1.0, 1.0)), ((1.0, 1.0), (1.0, 2.0)), ((1.0, 0.0),), ((1.0, -1.0),)])
+def test_bad_curves_are_refused(bad) -> None:
+    """A curve without points, out of order, or with a rate that is not positive is refused."""
+    with pytest.raises(InvalidConfig):
+        Curve(bad)
+
+
+def test_prints_its_levels(l4: Hardware) -> None:
+    """The text form lists levels and links, one per line; the notebook form is a list of the same."""
+    lines = str(l4).splitlines()
+    assert lines[0].startswith("gcp-l4-1x: S2")
+    assert "  cpu->gpu: 16 GB/s" in lines
+    assert l4._repr_html_().count("<li>") == len(lines) - 1
+
+
+def test_plain_form_is_json(data: dict[str, Any]) -> None:
+    """The plain form is made of JSON types only, numbers in SI."""
+    assert json.loads(json.dumps(data)) == data
+    assert data["levels"]["gpu"]["capacity"]["value"] == 24 * 10**9

@@ -1,0 +1,142 @@
+"""Footprints and what does not fit."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from hrm import BatchShape, Hardware, MoEModel
+from hrm.errors import DoesNotFit
+from hrm.memory import Footprint, batch_footprint, check_fits, footprint, usable_bytes
+from hrm.pipeline import ACTIVATION_SLOTS, activation_bytes, prefill_slot_bytes
+
+MIXTRAL = MoEModel.from_catalog("mixtral-8x7b")
+L4 = Hardware.from_catalog("gcp-l4-1x")
+
+
+def need(n: int = 64, mu: int = 16, r_w: float = 0.1, prompt: int = 100, gen_len: int = 8) -> Footprint:
+    """The footprint of a batch of equal prompts."""
+    return batch_footprint(MIXTRAL, BatchShape.uniform(n, mu, prompt, gen_len), r_w)
+
+
+def test_weights_lie_somewhere() -> None:
+    """Dense weights, resident experts and streamed experts together are the model, whatever r_w."""
+    for r_w in (0.0, 0.3, 1.0):
+        memory = need(r_w=r_w)
+        total = memory.gpu["dense_weights"] + memory.gpu["resident_experts"] + memory.cpu["streamed_experts"]
+        assert total == pytest.approx(MIXTRAL.num_parameters * 2)
+
+
+def test_buffers_follow_what_is_streamed() -> None:
+    """Two layers' streamed part is buffered on the GPU; nothing is when all is resident."""
+    assert need(r_w=0.25).gpu["weight_buffers"] == pytest.approx(2 * 0.75 * MIXTRAL.layer_expert_bytes)
+    assert need(r_w=1.0).gpu["weight_buffers"] == 0
+    assert need(r_w=1.0).cpu["pinned_pages"] == 0
+
+
+def test_kv_cache_holds_prompts_and_generated_tokens() -> None:
+    """The KV cache is 2·h_kv per token and layer of prompt and generation."""
+    assert need(n=64, prompt=100, gen_len=8).cpu["kv_cache"] == 64 * 108 * 4096 * 32
+
+
+@given(
+    st.integers(1, 500),
+    st.integers(1, 500),
+    st.floats(0, 1),
+    st.integers(1, 500),
+    st.integers(1, 100),
+    st.integers(1, 9),
+)
+def test_a_larger_batch_never_needs_less(n, mu, r_w, prompt, gen_len, more) -> None:
+    """More sequences, longer prompts and longer generation never need less of either memory."""
+    mu = min(mu, n)
+    base = need(n, mu, r_w, prompt, gen_len)
+    for other in (
+        need(n + more * mu, mu, r_w, prompt, gen_len),
+        need(n, mu, r_w, prompt + more, gen_len),
+        need(n, mu, r_w, prompt, gen_len + more),
+    ):
+        assert other.gpu_bytes >= base.gpu_bytes * (1 - 1e-12)
+        assert other.cpu_bytes - other.cpu["pinned_pages"] >= (base.cpu_bytes - base.cpu["pinned_pages"]) * (1 - 1e-12)
+
+
+def test_grid_equals_single_points() -> None:
+    """Arrays over a grid give the footprint of each point."""
+    mu, r_w = np.array([1.0, 8.0, 64.0]), np.array([0.0, 0.5, 1.0])
+    together = footprint(
+        MIXTRAL,
+        batch_size=mu * 2,
+        micro_batch_size=mu,
+        num_micro_batches=2,
+        weights_on_gpu=r_w,
+        micro_batch_tokens=mu * 10,
+        batch_tokens=mu * 20,
+        longest_prompt=10,
+        gen_len=4,
+    )
+    for i in range(3):
+        single = need(n=int(2 * mu[i]), mu=int(mu[i]), r_w=float(r_w[i]), prompt=10, gen_len=4)
+        assert together.gpu_bytes[i] == pytest.approx(single.gpu_bytes)
+        assert together.cpu_bytes[i] == pytest.approx(single.cpu_bytes)
+
+
+def test_usable_bytes_are_less_than_capacity() -> None:
+    """Some of both memories belongs to the driver and the system."""
+    gpu, cpu = usable_bytes(L4)
+    assert 0.8 * 24e9 < gpu < 24e9
+    assert 0.8 * 192e9 < cpu < 192e9
+
+
+def test_shared_memory_is_shared() -> None:
+    """Where both heaps lie in the same RAM, a larger GPU budget leaves less for the host."""
+    box = replace(L4, shared_memory=True)
+    gpu, cpu = usable_bytes(box.with_capacity(gpu_bytes=10**9, cpu_bytes=10**10))
+    assert gpu == 1e9
+    assert gpu + cpu < 10**10
+    gpu_more, cpu_less = usable_bytes(box.with_capacity(gpu_bytes=2 * 10**9, cpu_bytes=10**10))
+    assert (gpu_more - gpu, cpu - cpu_less) == pytest.approx((1e9, 1e9))
+
+
+@pytest.mark.parametrize(
+    ("sizes", "tier", "item"),
+    [({"gpu_bytes": 8 * 10**9}, "GPU", "resident_experts"), ({"cpu_bytes": 50 * 10**9}, "CPU", "streamed_experts")],
+)
+def test_what_does_not_fit_is_said_with_amounts(sizes: dict[str, int], tier: str, item: str) -> None:
+    """The error names the tier, what is needed, what there is, the difference, the largest item and the way out."""
+    with pytest.raises(DoesNotFit, match=f"of {tier} memory") as caught:
+        check_fits(need(), L4.with_capacity(**sizes))
+    message = str(caught.value)
+    assert message.count("GiB") >= 4
+    assert f"largest: {item}" in message
+    assert "--batch-size" in message or "--micro-batch-size" in message
+    assert "\n" not in message
+
+
+def test_what_fits_is_silent() -> None:
+    """A policy that fits raises nothing, up to the last byte."""
+    memory = need()
+    check_fits(memory, L4)
+    exact = Footprint(gpu={"x": usable_bytes(L4)[0]}, cpu={"y": usable_bytes(L4)[1]})
+    check_fits(exact, L4)
+    with pytest.raises(DoesNotFit):
+        check_fits(Footprint(gpu={"x": usable_bytes(L4)[0] + 1}, cpu={"y": 0.0}), L4)
+
+
+def test_plain_form_adds_up() -> None:
+    """The plain form has both totals and every item behind them."""
+    data = need().to_dict()
+    assert set(data) == {"gpu_bytes", "cpu_bytes", "gpu", "cpu"}
+    assert sum(data["gpu"].values()) == pytest.approx(data["gpu_bytes"])
+    assert sum(data["cpu"].values()) == pytest.approx(data["cpu_bytes"])
+
+
+def test_unequal_prompts_are_sized_by_the_heaviest_micro_batch() -> None:
+    """Prefill slots hold the micro-batch with the most prompt tokens, decode slots the largest one."""
+    batch = BatchShape(((500,), (100, 100, 50)), 4)
+    gpu = batch_footprint(MIXTRAL, batch, 0.0).gpu
+    assert gpu["prefill_slots"] == ACTIVATION_SLOTS * prefill_slot_bytes(MIXTRAL, 500)
+    assert gpu["decode_slots"] == ACTIVATION_SLOTS * activation_bytes(MIXTRAL, 3)

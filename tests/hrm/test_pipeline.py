@@ -1,0 +1,124 @@
+"""What planner, simulator and executor agree on."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from hrm import BatchShape, MoEModel
+from hrm.errors import InvalidValue
+from hrm.pipeline import (
+    ACTIVATION_SLOTS,
+    LOOKAHEAD,
+    PINNED_PAGES,
+    activation_bytes,
+    length_blocks,
+    page_bytes,
+    prefill_slot_bytes,
+    workspace_bytes,
+)
+
+MIXTRAL = MoEModel.from_catalog("mixtral-8x7b")
+descending = st.lists(st.integers(1, 3000), min_size=1, max_size=40).map(lambda x: tuple(sorted(x, reverse=True)))
+
+
+@given(descending)
+def test_blocks_tile_the_micro_batch(lengths) -> None:
+    """Blocks follow each other without gap or overlap and each carries its longest length."""
+    blocks = length_blocks(lengths)
+    assert [i for start, stop, _ in blocks for i in range(start, stop)] == list(range(len(lengths)))
+    assert all(longest == max(lengths[start:stop]) for start, stop, longest in blocks)
+
+
+@given(descending)
+def test_blocks_waste_at_most_a_quarter(lengths) -> None:
+    """Within a block no length is under three quarters of the longest, and neighbours could not be merged."""
+    blocks = length_blocks(lengths)
+    for _, stop, longest in blocks:
+        assert lengths[stop - 1] >= 0.75 * longest
+    for (_, _, longest), (start, _, _) in itertools.pairwise(blocks):
+        assert lengths[start] < 0.75 * longest
+
+
+def test_equal_lengths_are_one_block() -> None:
+    """A padded micro-batch takes one attention call; an empty one none."""
+    assert length_blocks([64] * 10) == [(0, 10, 64)]
+    assert length_blocks([]) == []
+
+
+@given(st.lists(descending, min_size=1, max_size=5), st.integers(1, 64))
+def test_shape_totals(parts, gen_len: int) -> None:
+    """The totals of a batch follow from its prompt lengths."""
+    shape = BatchShape(tuple(parts), gen_len)
+    assert shape.batch_size == sum(len(part) for part in parts)
+    assert shape.num_micro_batches == len(parts)
+    assert shape.prompt_tokens == [sum(part) for part in parts]
+    assert shape.longest == [max(part) for part in parts]
+    assert shape.pairs == [sum(sum(range(1, s + 1)) for s in part) for part in parts]
+    for tokens, cached in zip(shape.prompt_tokens, shape.cached_tokens, strict=True):
+        assert tokens <= cached <= tokens / 0.75
+
+
+@given(st.integers(1, 200), st.integers(1, 50), st.integers(1, 100))
+def test_uniform_shape(batch: int, micro: int, prompt: int) -> None:
+    """N prompts fill micro-batches of μ, the last of which may be smaller."""
+    shape = BatchShape.uniform(batch, micro, prompt, 4)
+    assert sum(shape.sequences) == batch
+    assert all(n == micro for n in shape.sequences[:-1])
+    assert 1 <= shape.sequences[-1] <= micro
+    assert set(shape.longest) == {prompt}
+
+
+@pytest.mark.parametrize(
+    ("parts", "gen_len", "message"),
+    [
+        ((), 4, "at least one request"),
+        (((3,), ()), 4, "at least one request"),
+        (((3,),), 0, "'gen_len' must be >= 1: 0"),
+        (((3, 0),), 4, r"must be >= 1 and longest first: \[3, 0\]"),
+        (((3, 5),), 4, r"must be >= 1 and longest first: \[3, 5\]"),
+    ],
+)
+def test_shape_is_checked(parts, gen_len: int, message: str) -> None:
+    """Empty micro-batches, nothing to generate, and lengths out of order are refused with the value."""
+    with pytest.raises(InvalidValue, match=message):
+        BatchShape(parts, gen_len)
+
+
+def test_uniform_of_nothing_is_refused() -> None:
+    """A batch of no requests is refused."""
+    with pytest.raises(InvalidValue):
+        BatchShape.uniform(0, 4, 10, 2)
+
+
+@pytest.mark.xfail(strict=True, raises=ZeroDivisionError, reason="μ is divided by before it is checked")
+def test_uniform_checks_the_micro_batch() -> None:
+    """Micro-batches of no requests are refused."""
+    with pytest.raises(InvalidValue):
+        BatchShape.uniform(4, 0, 10, 2)
+
+
+def test_depths_fit_together() -> None:
+    """Slots and pinned pages follow from how far PreAttn runs ahead."""
+    assert LOOKAHEAD == 2
+    assert ACTIVATION_SLOTS > LOOKAHEAD
+    assert PINNED_PAGES >= LOOKAHEAD + 2
+
+
+def test_buffer_sizes() -> None:
+    """Slot sizes are the tensors that lie in them: Q, K, V and attended; hidden states, K and V."""
+    assert activation_bytes(MIXTRAL, 10) == 10 * (4096 + 1024 + 1024 + 4096) * 2
+    assert prefill_slot_bytes(MIXTRAL, 10) == 10 * (4096 + 1024 + 1024) * 2
+    assert page_bytes(100.0, 8) == 12.5
+
+
+@given(st.integers(1, 50_000), st.integers(1, 2000), st.integers(1, 1000))
+def test_workspace_never_shrinks(tokens: int, sequences: int, more: int) -> None:
+    """More tokens or sequences never need less workspace."""
+    base = workspace_bytes(MIXTRAL, tokens, sequences)
+    assert base <= workspace_bytes(MIXTRAL, tokens + more, sequences)
+    assert base <= workspace_bytes(MIXTRAL, tokens, sequences + more)
+    assert base >= sequences * MIXTRAL.vocab_size * 2  # the logits alone
