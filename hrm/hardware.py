@@ -165,8 +165,10 @@ class Rates:
     def __post_init__(self) -> None:
         for item in fields(self):
             value = getattr(self, item.name)
-            if isinstance(value, int | float) and not value >= 0:
-                raise InvalidConfig(f"rate {item.name!r} must be >= 0: {value}")
+            if isinstance(value, int | float):
+                overhead = item.name.endswith("_s")
+                if not (value >= 0 if overhead else value > 0):
+                    raise InvalidConfig(f"rate {item.name!r} must be {'>=' if overhead else '>'} 0: {value}")
 
     def with_link(self, bandwidth: float | None) -> Rates:
         """The same machine with a link of `bandwidth` bytes/s both ways (None: unchanged).
@@ -181,7 +183,7 @@ class Rates:
         return replace(self, h2d_bandwidth=min(bandwidth, limit), d2h_bandwidth=min(bandwidth, limit))
 
 
-_CURVES = {
+_CURVES: dict[str, Callable[[Any], float]] = {
     "gpu_gemm": parse_flops,
     "gpu_experts": parse_flops,
     "gpu_attention": parse_flops,
@@ -334,6 +336,8 @@ class Hardware:
             text = path.read_text()
         except OSError as error:
             raise InvalidConfig(f"cannot read hardware file {str(path)!r}: {error.strerror}.") from None
+        except UnicodeDecodeError as error:
+            raise InvalidConfig(f"hardware file {str(path)!r} is not text: {error}.") from None
         try:
             data = json.loads(text) if path.suffix == ".json" else tomllib.loads(text)
         except (json.JSONDecodeError, tomllib.TOMLDecodeError) as error:
@@ -355,7 +359,10 @@ class Hardware:
             values = {key: _quantity(_need(entry, key, label), parse, label) for key, parse in parsers.items()}
             levels.append(MemoryLevel(name=level_name, processor=str(_need(entry, "processor", label)), **values))
         links = []
-        for entry in _need(data, "links", where):
+        entries = _need(data, "links", where)
+        if not isinstance(entries, list):
+            raise InvalidConfig(f"{where}: 'links' must be a list of tables: {entries!r}")
+        for entry in entries:
             label = f"{where}, link"
             _only_keys(entry, {"source", "target", "bandwidth"}, label)
             links.append(
@@ -373,8 +380,8 @@ class Hardware:
             facts=data.get("facts", {}),
             shared_memory=bool(data.get("shared_memory", False)),
         )
-        sets = {}
-        for set_name, entry in data.get("rates", {}).items():
+        sets: dict[str, Rates] = {}
+        for set_name, entry in (_table(data, "rates", where) if "rates" in data else {}).items():
             if set_name not in RATE_SETS or set_name == "spec":
                 raise UnknownName.of("rate set", set_name, [x for x in RATE_SETS if x != "spec"])
             sets[set_name] = _rates(entry, set_name, machine.spec_rates(), f"{where}, rates {set_name!r}")
@@ -430,7 +437,9 @@ class Hardware:
         return f"<b>{head}</b><ul>{''.join(f'<li>{line.strip()}</li>' for line in rest)}</ul>"
 
 
-def _only_keys(entry: Mapping[str, Any], allowed: Iterable[str], where: str) -> None:
+def _only_keys(entry: Any, allowed: Iterable[str], where: str) -> None:
+    if not isinstance(entry, Mapping):
+        raise InvalidConfig(f"{where} must be a table: {entry!r}")
     for key in entry:
         if key not in set(allowed):
             raise UnknownName.of(f"key of {where}", key, allowed)
@@ -467,20 +476,18 @@ def _rates(entry: Mapping[str, Any], name: str, spec: Rates, where: str) -> Rate
     """Rates of a file; what a set does not state is taken from the data sheet."""
     _only_keys(entry, {"source", *_CURVES, *_SCALARS}, where)
     values: dict[str, Any] = {"provenance": name, "source": str(_need(entry, "source", where))}
-    try:
-        for key, parse in _CURVES.items():
-            if key in entry:
-                raw = entry[key]
-                if isinstance(raw, list):
-                    points = tuple((float(x), float(parse(y))) for x, y in raw)
-                    values[key] = Curve(points)
-                else:
-                    values[key] = Curve.constant(parse(raw))
-        for key, scalar in _SCALARS.items():
-            if key in entry:
-                raw = entry[key]
+    for key in entry:
+        if key == "source":
+            continue
+        raw = entry[key]
+        try:
+            if key in _SCALARS:
                 # A measured overhead can round to zero, which the parsers of sizes refuse.
-                values[key] = 0.0 if raw == 0 else float(scalar(raw))
-    except (InvalidValue, InvalidConfig, TypeError, ValueError) as error:
-        raise InvalidConfig(f"{where}: {error}") from None
+                values[key] = 0.0 if raw == 0 and key.endswith("_s") else float(_SCALARS[key](raw))
+            elif isinstance(raw, list):
+                values[key] = Curve(tuple((float(x), float(_CURVES[key](y))) for x, y in raw))
+            else:
+                values[key] = Curve.constant(_CURVES[key](raw))
+        except (InvalidValue, InvalidConfig, TypeError, ValueError) as error:
+            raise InvalidConfig(f"{where}, {key!r}: {error}") from None
     return replace(spec, **values)

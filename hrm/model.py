@@ -77,6 +77,15 @@ _ARCHITECTURES = {
 SUPPORTED_ARCHITECTURES = tuple(sorted(_ARCHITECTURES))
 
 
+def _count(number: int) -> str:
+    return f"{number / 1e9:.2f}B" if number >= 1e8 else f"{number / 1e6:.2f}M"
+
+
+def _check_size(value: Any, key: str, model: str) -> None:
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        raise InvalidConfig(f"{key!r} of model {model!r} must be an integer >= 1: {value!r}")
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MoEModel:
     """Shapes of a decoder-only Mixture-of-Experts transformer.
@@ -114,9 +123,7 @@ class MoEModel:
             "num_layers", "hidden_size", "intermediate_size", "num_heads", "num_kv_heads",
             "head_dim", "vocab_size", "num_experts", "top_k", "max_positions",
         ):  # fmt: skip
-            value = getattr(self, name)
-            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-                raise InvalidConfig(f"{name!r} of model {self.name!r} must be an integer >= 1: {value!r}")
+            _check_size(getattr(self, name), name, self.name)
         if self.top_k > self.num_experts:
             raise InvalidConfig(f"'top_k' must be <= num_experts={self.num_experts}: {self.top_k}")
         if self.num_heads % self.num_kv_heads:
@@ -141,7 +148,7 @@ class MoEModel:
             If the architecture is not supported, or a key is missing or unknown.
         """
         model_type = config.get("model_type")
-        if model_type not in _ARCHITECTURES:
+        if not isinstance(model_type, str) or model_type not in _ARCHITECTURES:
             raise InvalidConfig(
                 f"architecture {model_type!r} of {name!r} is not supported; "
                 f"supported: {', '.join(SUPPORTED_ARCHITECTURES)}."
@@ -151,6 +158,13 @@ class MoEModel:
         if missing:
             raise InvalidConfig(f"config of {name!r} lacks {', '.join(map(repr, missing))}.")
         shape = {ours: config[theirs] for ours, theirs in arch.fields.items()}
+        for ours, theirs in arch.fields.items():
+            _check_size(shape[ours], theirs, name)
+        tied = config.get("tie_word_embeddings", False)
+        if not isinstance(tied, bool):
+            raise InvalidConfig(f"'tie_word_embeddings' of {name!r} must be true or false: {tied!r}")
+        if config.get("sliding_window") is not None:
+            _check_size(config["sliding_window"], "sliding_window", name)
         if config.get("hidden_act", "silu") != "silu":
             raise InvalidConfig(f"'hidden_act' of {name!r} must be 'silu': {config['hidden_act']!r}")
         read = {"head_dim", "hidden_act", "dtype", "torch_dtype", "tie_word_embeddings", "sliding_window"}
@@ -173,7 +187,7 @@ class MoEModel:
             architecture=model_type,
             head_dim=head_dim,
             dtype=str(config.get("dtype") or config.get("torch_dtype") or "bfloat16"),
-            tie_embeddings=bool(config.get("tie_word_embeddings", False)),
+            tie_embeddings=tied,
             sliding_window=config.get("sliding_window"),
             **shape,
         )
@@ -275,7 +289,7 @@ class MoEModel:
 
     def __str__(self) -> str:
         return (
-            f"{self.name}: {self.num_parameters / 1e9:.2f}B parameters, {self.num_layers} layers, "
+            f"{self.name}: {_count(self.num_parameters)} parameters, {self.num_layers} layers, "
             f"{self.num_experts} experts top-{self.top_k}, {self.dtype}"
         )
 

@@ -73,6 +73,8 @@ class BatchShape:
     @classmethod
     def uniform(cls, batch_size: int, micro_batch_size: int, prompt_len: int, gen_len: int) -> BatchShape:
         """N prompts of one length in micro-batches of μ (the last may be smaller)."""
+        if batch_size < 1 or micro_batch_size < 1:
+            raise InvalidValue(f"batch and micro-batch size must be >= 1: {batch_size}, {micro_batch_size}")
         full, rest = divmod(batch_size, micro_batch_size)
         sizes = [micro_batch_size] * full + ([rest] if rest else [])
         return cls(tuple((prompt_len,) * n for n in sizes), gen_len)

@@ -8,11 +8,12 @@ from typing import Any
 
 import numpy as np
 
-from hrm.errors import PolicyInfeasible
+from hrm.errors import InvalidValue, PolicyInfeasible
 from hrm.hardware import Hardware, Rates
 from hrm.latency import Estimate, estimate
 from hrm.memory import Footprint, check_fits, footprint, usable_bytes
 from hrm.model import MoEModel
+from hrm.pipeline import length_blocks
 from hrm.policy import Policy
 from hrm.roofline import physical_bound
 from hrm.units import format_bytes, format_seconds
@@ -91,18 +92,34 @@ class Plan:
         return f"<pre>{self}</pre>" + self.to_frame().to_html(float_format=lambda x: f"{x:.4g}")
 
 
-def _footprint(model: MoEModel, workload: Workload, mu: Any, g: Any, r_w: Any) -> Footprint:
-    prompt = workload.effective_prompt
-    # The micro-batch with the longest prompts sets the size of the prefill slots.
-    longest = np.maximum(mu * prompt, workload.prompt_max)
+def _prompt_tokens(workload: Workload, batch_size: Any) -> Any:
+    """Prompt tokens of the first `batch_size` requests."""
+    if workload.padded or not workload.prompt_lens:
+        return batch_size * workload.effective_prompt
+    lens = np.array(workload.prompt_lens)
+    sums = np.concatenate(([0], np.cumsum(lens)))
+    rounds, rest = np.divmod(np.asarray(batch_size, dtype=int), len(lens))
+    return (rounds * sums[-1] + sums[rest]).astype(float)
+
+
+def _footprint(model: MoEModel, workload: Workload, mu: Any, g: Any, r_w: Any, batch_size: Any = None) -> Footprint:
+    """Memory of a policy on a workload; with known lengths, for the heaviest micro-batch of Algorithm 2."""
+    n = mu * g if batch_size is None else batch_size
+    tokens = _prompt_tokens(workload, n)
+    cached, heaviest = tokens, np.maximum(np.ceil(tokens / n * mu), workload.prompt_max)
+    if workload.prompt_lens and not workload.padded:
+        lens = sorted(workload.prompt_lens, reverse=True)
+        stored = sum((stop - start) * longest for start, stop, longest in length_blocks(lens))
+        cached = tokens * stored / sum(lens)
+        heaviest = np.minimum(tokens / n * mu + workload.prompt_max, mu * workload.prompt_max)
     return footprint(
         model,
-        batch_size=mu * g,
+        batch_size=n,
         micro_batch_size=mu,
         num_micro_batches=g,
         weights_on_gpu=r_w,
-        micro_batch_tokens=longest,
-        batch_tokens=mu * g * prompt,
+        micro_batch_tokens=heaviest,
+        batch_tokens=cached,
         longest_prompt=workload.prompt_max,
         gen_len=workload.gen_len,
     )
@@ -118,8 +135,8 @@ def _check_request(model: MoEModel, workload: Workload) -> None:
 
 
 def _bound(model: MoEModel, rates: Rates, workload: Workload, policy: Policy) -> float:
-    prompt = workload.effective_prompt
     n = policy.batch_size
+    prompt = float(_prompt_tokens(workload, n)) / n
     return physical_bound(
         model,
         rates,
@@ -150,14 +167,14 @@ def evaluate(
     _check_request(model, workload)
     rates = hardware.rates(efficiency)
     mu, g = policy.micro_batch_size, policy.num_micro_batches
-    memory = _footprint(model, workload, mu, g, policy.weights_on_gpu)
+    memory = _footprint(model, workload, mu, g, policy.weights_on_gpu, policy.batch_size)
     check_fits(memory, hardware)
     result = estimate(
         model,
         rates,
         micro_batch_size=policy.batch_size / g,
         num_micro_batches=g,
-        prompt_len=workload.effective_prompt,
+        prompt_len=float(_prompt_tokens(workload, policy.batch_size)) / policy.batch_size,
         gen_len=workload.gen_len,
         weights_on_gpu=policy.weights_on_gpu,
     )
@@ -213,6 +230,8 @@ def plan(
     """
     started = time.perf_counter()
     _check_request(model, workload)
+    if max_batch_size is not None and max_batch_size < 1:
+        raise InvalidValue(f"'max_batch_size' must be >= 1: {max_batch_size}")
     rates = hardware.rates(efficiency)
     sizes = _sizes(_MAX_MICRO_BATCH)
     counts = _sizes(_MAX_MICRO_BATCHES)
@@ -226,7 +245,8 @@ def plan(
     none, full = _footprint(model, workload, mu, g, 0.0), _footprint(model, workload, mu, g, 1.0)
     # Both totals are linear in r_w: the largest r_w the GPU allows, the smallest the CPU needs.
     slope_gpu, slope_cpu = full.gpu_bytes - none.gpu_bytes, none.cpu_bytes - full.cpu_bytes
-    most = (gpu_room - none.gpu_bytes) / slope_gpu
+    with np.errstate(divide="ignore", invalid="ignore"):
+        most = (gpu_room - none.gpu_bytes) / slope_gpu
     if slope_gpu.min() <= 0:  # fewer than three layers: buffers cost more than they save
         most = np.where(slope_gpu <= 0, np.where(full.gpu_bytes <= gpu_room, 1.0, -1.0), most)
     least = (none.cpu_bytes - cpu_room) / slope_cpu
@@ -234,23 +254,24 @@ def plan(
     feasible = (most >= 0) & (r_w >= least - 1e-12)
     if not feasible.any():
         _explain_infeasible(model, hardware, workload)
-    mu, g, r_w = mu[feasible], g[feasible], r_w[feasible]
+    mu, g, r_w, least = mu[feasible], g[feasible], r_w[feasible], least[feasible]
     result = estimate(
         model,
         rates,
         micro_batch_size=mu,
         num_micro_batches=g,
-        prompt_len=workload.effective_prompt,
+        prompt_len=_prompt_tokens(workload, mu * g) / (mu * g),
         gen_len=workload.gen_len,
         weights_on_gpu=r_w,
     )
     # Ties go to the smaller batch, then to fewer micro-batches: less memory for the same speed.
     order = np.lexsort((g, mu * g, -np.round(result.throughput, 9)))
     best = int(order[0])
+    share = float(np.floor(r_w[best] * 1e6) / 1e6)
     policy = Policy(
         batch_size=int(mu[best] * g[best]),
         micro_batch_size=int(mu[best]),
-        weights_on_gpu=float(np.floor(r_w[best] * 1e6) / 1e6),
+        weights_on_gpu=share if share >= least[best] else float(r_w[best]),
     )
     return Plan(
         model=model,
@@ -267,7 +288,7 @@ def plan(
 
 
 def _sizes(largest: int) -> np.ndarray:
-    """Every size to 128, then every 4th, 8th, ..: steps stay under 3 % of the value."""
+    """Every size to 128, then every 4th, 8th, ..: steps stay under 4 % of the value."""
     sizes = list(range(1, min(largest, _SIMPLE_MICRO_BATCHES) + 1))
     step = 4
     while sizes[-1] < largest:

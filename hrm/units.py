@@ -72,7 +72,10 @@ def parse_bytes(text: str | float) -> int:
     Traceback (most recent call last):
     hrm.errors.InvalidValue: '16 GBps' is not a capacity in bytes; write it like '16 GiB'.
     """
-    return round(_parse(text, _BYTES, "capacity in bytes", "16 GiB"))
+    size = round(_parse(text, _BYTES, "capacity in bytes", "16 GiB"))
+    if size < 1:
+        raise InvalidValue(f"capacity in bytes must be >= 1: {text}")
+    return size
 
 
 def parse_bandwidth(text: str | float) -> float:
@@ -117,8 +120,13 @@ def parse_seconds(text: str | float) -> float:
 def _scaled(value: float, unit: str, steps: list[tuple[float, str]]) -> str:
     for factor, prefix in steps:
         if abs(value) >= factor:
-            return f"{value / factor:.3g} {prefix}{unit}"
-    return f"{value:.3g} {unit}"
+            return f"{_digits(value / factor)} {prefix}{unit}"
+    return f"{_digits(value)} {unit}"
+
+
+def _digits(value: float) -> str:
+    """Three significant digits, but never an exponent for what four can say."""
+    return f"{value:.0f}" if 999.5 <= abs(value) < 10000 else f"{value:.3g}"
 
 
 _STEPS = [(1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")]
@@ -154,7 +162,7 @@ def format_seconds(value: float) -> str:
     '1.25 ms'
     """
     if value and abs(value) < 1e-3:
-        return f"{value * 1e6:.3g} us"
+        return f"{_digits(value * 1e6)} us"
     if value and abs(value) < 1:
-        return f"{value * 1e3:.3g} ms"
+        return f"{_digits(value * 1e3)} ms"
     return f"{value:.3g} s"

@@ -50,6 +50,8 @@ class Workload:
             raise InvalidValue(f"'prompt_avg' must be > 0 and <= prompt_max={self.prompt_max}: {self.prompt_avg}")
         if any(n < 1 for n in self.prompt_lens):
             raise InvalidValue(f"'prompt_lens' must be >= 1: {min(self.prompt_lens)}")
+        if self.prompt_lens and max(self.prompt_lens) > self.prompt_max:
+            raise InvalidValue(f"'prompt_lens' must be <= prompt_max={self.prompt_max}: {max(self.prompt_lens)}")
 
     @classmethod
     def uniform(cls, prompt_len: int, gen_len: int) -> Workload:
@@ -81,6 +83,8 @@ class Workload:
             data = tomllib.loads(path.read_text())
         except OSError as error:
             raise InvalidConfig(f"cannot read workload {str(path)!r}: {error.strerror}.") from None
+        except UnicodeDecodeError as error:
+            raise InvalidConfig(f"workload {str(path)!r} is not text: {error}.") from None
         except tomllib.TOMLDecodeError as error:
             raise InvalidConfig(f"workload {str(path)!r} does not parse: {error}.") from None
         return cls.from_dict(data, name=path.stem)
@@ -96,7 +100,10 @@ class Workload:
         if missing:
             raise InvalidConfig(f"workload {name!r} lacks {', '.join(map(repr, missing))}.")
         values = dict(data)
-        values["prompt_lens"] = tuple(values.get("prompt_lens", ()))
+        lens = values.get("prompt_lens", [])
+        if not isinstance(lens, list | tuple):
+            raise InvalidConfig(f"workload {name!r}: 'prompt_lens' must be a list: {lens!r}")
+        values["prompt_lens"] = tuple(lens)
         return cls(name=name, **values)
 
     def with_options(

@@ -8,6 +8,10 @@ to chance: the same input gives the same timeline.
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
+from functools import lru_cache
+
 import numpy as np
 
 from hrm.errors import InvalidSchedule
@@ -36,9 +40,9 @@ def play(schedule: Schedule, costs: Costs) -> tuple[np.ndarray, np.ndarray]:
     InvalidSchedule
         For a negative or undefined duration, or a schedule that cannot progress.
     """
-    bad = np.flatnonzero(~(costs.seconds >= 0))
+    bad = np.flatnonzero(~(np.isfinite(costs.seconds) & (costs.seconds >= 0)))
     if len(bad):
-        raise InvalidSchedule(f"{schedule[int(bad[0])]} has duration {costs.seconds[bad[0]]}, must be >= 0.")
+        raise InvalidSchedule(f"{schedule[int(bad[0])]} has duration {costs.seconds[bad[0]]}, must be >= 0 and finite.")
     order = schedule.order()
     if not costs.demands:
         return _recurrence(schedule, costs.seconds, order)
@@ -61,12 +65,15 @@ def _recurrence(schedule: Schedule, seconds: np.ndarray, order: np.ndarray) -> t
     return np.array(start), np.array(end)
 
 
-def fair_speeds(demands: list[tuple[float, ...]], capacities: tuple[float, ...]) -> list[float]:
+def fair_speeds(demands: Sequence[tuple[float, ...]], capacities: tuple[float, ...]) -> list[float]:
     """Speed (0..1] of each running task when they share resources max-min fairly.
+
+    On a resource with too little for all, nobody gets more than an equal share while another wants
+    more; what one leaves, because it wants less or another resource holds it back, goes to the others.
 
     Parameters
     ----------
-    demands : list of tuple
+    demands : sequence of tuple
         Units per second of each resource that a task uses at full speed.
     capacities : tuple
         Units per second that each resource has.
@@ -76,24 +83,48 @@ def fair_speeds(demands: list[tuple[float, ...]], capacities: tuple[float, ...])
     >>> fair_speeds([(1.0,), (1.0,), (0.2,)], (1.8,))
     [0.8, 0.8, 1.0]
     """
+    return list(_speeds(tuple(demands), capacities))
+
+
+@lru_cache(maxsize=1 << 14)
+def _speeds(demands: tuple[tuple[float, ...], ...], capacities: tuple[float, ...]) -> tuple[float, ...]:
     speeds = [1.0] * len(demands)
-    for _ in range(len(capacities)):
-        crowded = False
-        for r, capacity in enumerate(capacities):
-            usage = sorted((speeds[i] * d[r], i) for i, d in enumerate(demands) if d[r] > 0)
-            left = capacity
-            if sum(u for u, _ in usage) <= capacity * (1 + 1e-12):
-                continue
-            crowded = True
-            for k, (used, i) in enumerate(usage):
-                share = left / (len(usage) - k)
-                if used > share:
-                    speeds[i] = share / demands[i][r]
-                    used = share
-                left -= used
-        if not crowded:
+    room = list(capacities)
+    active = list(range(len(demands)))
+    while active:
+        limits = dict.fromkeys(active, 1.0)
+        for r, left in enumerate(room):
+            level = _water_level([demands[i][r] for i in active], left)
+            for i in active:
+                if demands[i][r] > level:
+                    limits[i] = min(limits[i], level / demands[i][r])
+        slowest = min(limits.values())
+        if slowest >= 1.0:
             break
-    return speeds
+        # Whoever is held back most is settled first; the rest share what it leaves.
+        for i in [i for i in active if limits[i] <= slowest * (1 + 1e-12)]:
+            speeds[i] = slowest
+            active.remove(i)
+            # Rounding must not leave less than nothing, nor nothing at all for the tiniest demand.
+            room = [
+                max(1e-12 * whole, left - slowest * d)
+                for left, d, whole in zip(room, demands[i], capacities, strict=True)
+            ]
+    return tuple(speeds)
+
+
+def _water_level(wants: list[float], capacity: float) -> float:
+    """The largest share that anyone gets when `capacity` is divided max-min fairly; inf if it suffices."""
+    if sum(wants) <= capacity * (1 + 1e-12):
+        return math.inf
+    left = capacity
+    ordered = sorted(wants)
+    for k, want in enumerate(ordered):
+        share = left / (len(ordered) - k)
+        if want > share:
+            return share
+        left -= want
+    return math.inf
 
 
 def _shared(schedule: Schedule, costs: Costs) -> tuple[np.ndarray, np.ndarray]:
@@ -126,7 +157,7 @@ def _shared(schedule: Schedule, costs: Costs) -> tuple[np.ndarray, np.ndarray]:
                 changed = True
         if changed:
             lanes = list(running)
-            rates = fair_speeds([demands[running[lane][0]] for lane in lanes], capacities)
+            rates = _speeds(tuple(demands[running[lane][0]] for lane in lanes), capacities)
             speed = dict(zip(lanes, rates, strict=True))
         # `order()` has proved that the schedule progresses, so something runs here.
         step = min(left / speed[lane] for lane, (_, left) in running.items())
@@ -145,6 +176,6 @@ def _shared(schedule: Schedule, costs: Costs) -> tuple[np.ndarray, np.ndarray]:
                 waits[user] -= 1
         if done and running:
             lanes = list(running)
-            rates = fair_speeds([demands[running[lane][0]] for lane in lanes], capacities)
+            rates = _speeds(tuple(demands[running[lane][0]] for lane in lanes), capacities)
             speed = dict(zip(lanes, rates, strict=True))
     return np.array(start), np.array(end)

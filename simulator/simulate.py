@@ -118,15 +118,16 @@ def simulate(
         def piece(**options: Any) -> Timeline:
             return run(cgopipe(num_layers=layers, num_micro_batches=g, stream_weights=share < 1, **options))
 
-        # Prefill and the first steps exactly (fill of the pipeline), later steps from samples.
-        head = piece(decode_steps=3)
+        # Prefill and the first steps exactly (fill of the pipeline), later steps from samples. The last step
+        # of a piece is not a sample: no next weights travel beside it.
+        head = piece(decode_steps=4)
         ends = head.step_ends()
         contexts = np.unique(np.linspace(3, steps, _SAMPLED_CONTEXTS).round().astype(int))
         marginal, played, spans, busy = [], len(head.schedule), [], []
         timeline = head
         for step in contexts:
             first = max(1, int(step) - 2)
-            timeline = piece(decode_steps=3, prefill=False, first_step=first)
+            timeline = piece(decode_steps=4, prefill=False, first_step=first)
             piece_ends = timeline.step_ends()
             marginal.append(piece_ends[first + 2] - piece_ends[first + 1])
             busy.append(timeline.window(piece_ends[first + 1], piece_ends[first + 2]))
@@ -135,13 +136,11 @@ def simulate(
         later = np.interp(np.arange(4, steps + 1), contexts, marginal)
         prefill_s = head.prefill_s
         decode_s = ends[3] - prefill_s + float(later.sum())
-        total = len(head.schedule) + (len(later)) * per_step
-        whole = head.makespan + float(later.sum())
+        total = len(head.schedule) + (len(later) - 1) * per_step
+        whole = ends[3] + float(later.sum())
         mean = {lane: float(np.mean([b[lane] for b in busy])) for lane in busy[0]}
-        start_busy = head.window(0.0, head.makespan)
-        utilization = {
-            lane: (start_busy[lane] * head.makespan + mean[lane] * float(later.sum())) / whole for lane in mean
-        }
+        start_busy = head.window(0.0, ends[3])
+        utilization = {lane: (start_busy[lane] * ends[3] + mean[lane] * float(later.sum())) / whole for lane in mean}
     return Prediction(
         throughput_tok_s=batch.batch_size * batch.gen_len / (prefill_s + decode_s),
         prefill_s=prefill_s,

@@ -218,17 +218,19 @@ class Schedule(Sequence[Task]):
         InvalidSchedule
             Naming the line or task: unknown class, lane or dependency, or a name used twice.
         """
-        lines = [line.strip() for line in text.strip().splitlines() if line.strip()]
-        head = _HEAD.fullmatch(lines[0]) if lines else None
+        lines = [(i, line.strip()) for i, line in enumerate(text.splitlines(), start=1) if line.strip()]
+        head = _HEAD.fullmatch(lines[0][1]) if lines else None
         if head is None:
             raise InvalidSchedule("a schedule begins with 'schedule NAME layers=L micro_batches=G steps=S'.")
         parsed: list[tuple[Op, int, int, int, str, str | None]] = []
         ids: dict[str, int] = {}
-        for number, line in enumerate(lines[1:], start=2):
+        for number, line in lines[1:]:
             match = _LINE.fullmatch(line)
             if match is None:
                 raise InvalidSchedule(f"line {number} is not 'Task(step,layer,part) @lane < deps': {line!r}")
             op_name, step, layer, part, lane_name, waits = match.groups()
+            if max(int(step), int(layer), int(part)) > _LARGEST:
+                raise InvalidSchedule(f"line {number}: a number in {line!r} is larger than {_LARGEST}.")
             if op_name not in _OP_BY_NAME:
                 raise InvalidSchedule(f"line {number}: unknown task class {op_name!r}; known: {', '.join(_OP_BY_NAME)}")
             if lane_name not in _LANE_BY_NAME:
@@ -287,6 +289,7 @@ class Schedule(Sequence[Task]):
         return np.array(done)
 
 
+_LARGEST = 2**31 - 1
 _HEAD = re.compile(r"schedule (\S+) layers=(\d+) micro_batches=(\d+) steps=(\d+)")
 _LINE = re.compile(r"(\w+)\((\d+),(\d+),(\d+)\) @(\w+)(?: < (.+))?")
 

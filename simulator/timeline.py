@@ -189,9 +189,7 @@ class Timeline:
         return f"<Timeline {self.source}: {len(self.start)} tasks in {self.makespan:.4g} s; busy: {busy}>"
 
     def _repr_html_(self) -> str:
-        return f"<p>{self!r}</p>".replace("<Timeline", "Timeline").replace(">", "", 0) + self.by_op().to_html(
-            float_format=lambda x: f"{x:.4g}"
-        )
+        return f"<p>{repr(self)[1:-1]}</p>" + self.by_op().to_html(float_format=lambda x: f"{x:.4g}")
 
 
 _LANE_TITLES = {

@@ -189,12 +189,11 @@ def test_with_capacity(l4: Hardware) -> None:
 @pytest.mark.parametrize("value", [-1.0, float("nan")])
 def test_rates_are_not_negative(l4: Hardware, name: str, value: float) -> None:
     """A negative or undefined rate is refused with its name and value."""
-    with pytest.raises(InvalidConfig, match=f"rate '{name}' must be >= 0: {value}"):
+    with pytest.raises(InvalidConfig, match=f"rate '{name}' must be >=? 0: {value}"):
         replace(l4.spec_rates(), **{name: value})
 
 
 @pytest.mark.parametrize("name", ["h2d_bandwidth", "dram_bandwidth", "gpu_bandwidth", "cpu_attention_flops"])
-@pytest.mark.xfail(strict=True, reason="a zero is let through for every rate, not only for overheads")
 def test_a_bandwidth_of_zero_is_refused(data: dict[str, Any], name: str) -> None:
     """A rate that something is divided by must be positive in a file too."""
     data["rates"] = {"measured": {"source": "me", name: 0}}
@@ -322,9 +321,6 @@ def test_a_bad_rate_is_refused_by_set(data: dict[str, Any], key: str, value: Any
 @pytest.mark.parametrize(
     ("key", "value"), [("links", 5), ("rates", 5), ("rates", {"paper": 5}), ("levels", {"gpu": 5})]
 )
-@pytest.mark.xfail(
-    strict=True, raises=(TypeError, AttributeError), reason="entries are walked before it is known that they are tables"
-)
 def test_a_table_is_a_table(data: dict[str, Any], key: str, value: Any) -> None:
     """A number where a table belongs is refused in one line."""
     with pytest.raises(HrmError):
@@ -342,11 +338,10 @@ def test_damaged_files_are_refused(tmp_path: Path, name: str, content: bytes) ->
 
 
 @pytest.mark.parametrize("name", ["x.toml", "x.json"])
-@pytest.mark.xfail(strict=True, raises=UnicodeDecodeError, reason="text that is not UTF-8 is not caught")
 def test_a_file_that_is_not_text_is_refused(tmp_path: Path, name: str) -> None:
     """A binary file is refused in one line."""
     (tmp_path / name).write_bytes(b"\xff\xfe\x00")
-    with pytest.raises(InvalidConfig, match="does not parse"):
+    with pytest.raises(InvalidConfig, match="does not parse|is not text"):
         Hardware.from_file(tmp_path / name)
 
 

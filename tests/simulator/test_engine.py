@@ -131,7 +131,6 @@ def test_a_bad_duration_is_refused(seconds: float) -> None:
         play(story(TWO_LANES), costs([1.0, seconds]))
 
 
-@pytest.mark.xfail(strict=True, reason="an infinite duration is let through; with contention it never ends")
 def test_an_infinite_duration_is_refused() -> None:
     """A task that would never end, as on a link of no bandwidth, is refused by name."""
     with pytest.raises(InvalidSchedule, match=r"CPUAttn\(1,0,0\) has duration inf"):
@@ -244,7 +243,7 @@ def test_two_plays_are_bit_identical(schedule: Schedule, seed: int) -> None:
 def test_speeds_are_speeds(given_work) -> None:
     """Speeds lie in (0, 1] and no resource gives more than it has."""
     demands, capacities = given_work
-    speeds = fair_speeds(demands, capacities)
+    speeds = fair_speeds(tuple(demands), capacities)
     assert all(0 < speed <= 1 for speed in speeds)
     for r, capacity in enumerate(capacities):
         assert sum(s * d[r] for s, d in zip(speeds, demands, strict=True)) <= capacity * (1 + 1e-9)
@@ -285,12 +284,11 @@ def test_speeds_do_not_depend_on_the_order_of_tasks(given_work, random) -> None:
     demands, capacities = given_work
     order = list(range(len(demands)))
     random.shuffle(order)
-    speeds = fair_speeds(demands, capacities)
+    speeds = fair_speeds(tuple(demands), capacities)
     shuffled = fair_speeds([demands[i] for i in order], capacities)
     assert shuffled == pytest.approx([speeds[i] for i in order])
 
 
-@pytest.mark.xfail(strict=True, reason="what a later resource takes from a task is not dealt out again")
 def test_what_a_scarcer_resource_frees_is_dealt_out() -> None:
     """A task held back by one resource leaves its share of the other, in whatever order they are listed."""
     assert fair_speeds([(1.0, 1.0), (0.0, 1.0)], (0.2, 1.0)) == pytest.approx([0.2, 0.8])

@@ -27,7 +27,6 @@ def sampled_and_exact(micro: int, contention: bool):
 
 
 @pytest.mark.parametrize(("micro", "contention"), [(64, False), (300, True)])
-@pytest.mark.xfail(strict=True, reason="the last step of a piece is sampled, beside which no next weights travel")
 def test_sampled_decode_equals_exact(micro: int, contention: bool) -> None:
     """Sampling decode steps of Mixtral 8x7B at gen 128 stays within 0.5 % of playing every step."""
     sampled, exact = sampled_and_exact(micro, contention)

@@ -80,14 +80,12 @@ def test_a_schedule_begins_with_its_head(text: str) -> None:
         Schedule.from_text(text)
 
 
-@pytest.mark.xfail(strict=True, reason="blank lines are dropped before lines are counted")
 def test_line_numbers_count_blank_lines() -> None:
     """The number in the message is the line's number in the file."""
     with pytest.raises(InvalidSchedule, match="line 3"):
         Schedule.from_text(HEAD + "\nFly(1,0,0) @gpu")
 
 
-@pytest.mark.xfail(strict=True, raises=OverflowError, reason="numbers are not compared with their columns' range")
 def test_a_number_out_of_range_is_refused() -> None:
     """A step that no column can hold is refused in one line."""
     with pytest.raises(InvalidSchedule):
