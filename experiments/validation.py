@@ -180,9 +180,7 @@ def run_validation(
         row = kept.find(case)
         if row is None:
             say(f"case {number}/{len(cases)}: {case.name} ({case.policy})")
-            row = _validate(
-                case, opened, prober, target, device_memory, out, say, _PATIENCE_QUICK if quick else _PATIENCE
-            )
+            row = _validate(case, opened, prober, target, device_memory, out, say, patience)
             kept.add(case, row)
         else:
             say(f"case {number}/{len(cases)}: {case.name} was finished before")

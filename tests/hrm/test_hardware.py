@@ -341,7 +341,7 @@ def test_damaged_files_are_refused(tmp_path: Path, name: str, content: bytes) ->
 def test_a_file_that_is_not_text_is_refused(tmp_path: Path, name: str) -> None:
     """A binary file is refused in one line."""
     (tmp_path / name).write_bytes(b"\xff\xfe\x00")
-    with pytest.raises(InvalidConfig, match="does not parse|is not text"):
+    with pytest.raises(InvalidConfig, match=r"does not parse|is not text"):
         Hardware.from_file(tmp_path / name)
 
 

@@ -153,7 +153,7 @@ def test_values_of_the_wrong_type_are_refused(values: dict[str, Any]) -> None:
 def test_a_file_that_is_not_text_is_refused(tmp_path: Path) -> None:
     """A binary file is refused in one line."""
     (tmp_path / "binary.toml").write_bytes(b"\xff\xfe\x00")
-    with pytest.raises(InvalidConfig, match="does not parse|is not text"):
+    with pytest.raises(InvalidConfig, match=r"does not parse|is not text"):
         Workload.from_file(tmp_path / "binary.toml")
 
 
