@@ -7,7 +7,6 @@ are taken in several passes, so that a passing disturbance does not decide any o
 
 from __future__ import annotations
 
-import math
 import platform
 import statistics
 import threading
@@ -46,6 +45,7 @@ _SAMPLES = 8
 _SWEEP_BYTES = 16 * 2**20
 _QUIET = 0.05
 _PIECE = 8 * 2**20
+_COPY_SHARE = 0.4
 
 Call = Callable[[], Any]
 _HOST = torch.device("cpu")
@@ -122,8 +122,12 @@ class Prober:
             self._passes = self._quiet(self._bench.one_pass, _PASSES, "kernels and copies alone")
             self.progress("hand-over between lanes")
             task_s = statistics.median(self._bench.hand_over() for _ in range(3))
-            sums = self._quiet(self._bench.crowd, 3, "all lanes at once")
-            self._crowd = _Crowd(task_s, statistics.median(sums), self._bench.copy_pair())
+            crowds = self._quiet(self._bench.crowd, 3, "all lanes at once")
+            done = [(1.0, 1.0)]
+            for points in zip(*crowds, strict=True):
+                wanted = points[0][0]
+                done.append((wanted, max(1.0, statistics.median(value for _, value in points))))
+            self._crowd = _Crowd(task_s, Curve(tuple(done)), self._bench.copy_pair())
         self._share = load.share
         return self._describe()
 
@@ -157,7 +161,7 @@ class _Crowd(NamedTuple):
     """What lanes cost each other."""
 
     task_s: float
-    cores: float
+    cores: Curve
     copy_traffic: float
 
 
@@ -250,7 +254,9 @@ class _Bench:
         spent = [1.0] * len(calls)
         stop = threading.Event()
         gate = threading.Barrier(len(calls) + 1)
-        lanes = [Lane.GPU, Lane.CPU, Lane.H2D, Lane.D2H]
+        # Copies come last and have the link's lanes.
+        compute = len(calls) - 2 if len(calls) > 2 else len(calls)
+        lanes = [Lane.GPU, Lane.CPU][:compute] + [Lane.H2D, Lane.D2H]
 
         def loop(index: int) -> None:
             if not self.cuda:
@@ -423,16 +429,18 @@ class _Bench:
         alone = {key: self.seconds(call) for key, call in self.calls.items()}
         return alone | {key: self.seconds(call, on_device=False) for key, call in self.host_calls.items()}
 
-    def crowd(self) -> float:
-        """Lanes' worth of work done when all lanes are busy."""
+    def crowd(self) -> list[tuple[float, float]]:
+        """(Lanes' worth of work wanted, done): a compute lane beside copies, and all lanes at once."""
         tokens = max(1, 4 * self.experts // self.model.top_k)
         compute = [self.expert_call(tokens), self.attention_call(16, 128)]
         copy_alone = self.together([self.copy_call(self.host[0], self.host[1])], 0.2)[0]
-        pace = 0.4 * copy_alone * _PIECE
-        busy = [*compute, *self.two_copies(pace)]
-        alone = [self.together([call], 0.3)[0] for call in compute] + [copy_alone] * 2
-        together = self.together(busy, 1.0)
-        return max(1.0, math.fsum(c / a for c, a in zip(together, alone, strict=True)))
+        copies = self.two_copies(_COPY_SHARE * copy_alone * _PIECE)
+        ffn, attention = (self.together([call], 0.3)[0] for call in compute)
+        beside = self.together([compute[0], *copies], 0.6)
+        crowd = self.together([*compute, *copies], 0.8)
+        some = beside[0] / ffn + sum(beside[1:]) / copy_alone
+        everything = crowd[0] / ffn + crowd[1] / attention + sum(crowd[2:]) / copy_alone
+        return [(1 + 2 * _COPY_SHARE, some), (2 + 2 * _COPY_SHARE, everything)]
 
     def copy_pair(self) -> float:
         """Bytes/s of memory traffic, read and written, of two copies at once."""

@@ -396,7 +396,7 @@ def _roofs(machine: Hardware) -> dict[str, float]:
         "copy_bytes_per_s": rates.h2d_bandwidth,
         "staging_bytes_per_s": rates.staging_bandwidth,
         "task_hand_over_s": rates.task_s,
-        "lanes_at_once": rates.cores or 0.0,
+        "lanes_at_once": rates.cores.points[-1][1] if rates.cores else 0.0,
     }
 
 

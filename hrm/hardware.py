@@ -159,8 +159,8 @@ class Rates:
     """Bytes/s of a copy on one core, where copies are made by a core (no GPU)."""
     task_s: float = 0.0
     """Seconds between a task's last dependency and its start (hand-over between lanes)."""
-    cores: float | None = None
-    """Lanes' worth of work done at once when all lanes are busy on the same cores; None with a GPU."""
+    cores: Curve | None = None
+    """Lanes' worth of work done at once, by lanes' worth wanted, where lanes share cores; None with a GPU."""
 
     def __post_init__(self) -> None:
         for item in fields(self):
@@ -188,6 +188,7 @@ _CURVES: dict[str, Callable[[Any], float]] = {
     "gpu_experts": parse_flops,
     "gpu_attention": parse_flops,
     "cpu_attention": parse_bandwidth,
+    "cores": float,
 }
 _SCALARS: dict[str, Callable[[Any], float]] = {
     "gpu_bandwidth": parse_bandwidth,
@@ -201,7 +202,6 @@ _SCALARS: dict[str, Callable[[Any], float]] = {
     "dram_bandwidth": parse_bandwidth,
     "copy_bandwidth": parse_bandwidth,
     "task_s": parse_seconds,
-    "cores": float,
 }
 
 
@@ -393,7 +393,8 @@ class Hardware:
         for set_name, item in self.rate_sets.items():
             entry = {key: value for key, value in asdict(item).items() if value is not None}
             for key in _CURVES:
-                entry[key] = [list(point) for point in entry[key]["points"]]
+                if key in entry:
+                    entry[key] = [list(point) for point in entry[key]["points"]]
             entry.pop("provenance")
             rates[set_name] = entry
         return {

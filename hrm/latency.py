@@ -176,7 +176,7 @@ def layer_terms(
     if rates.cores is not None:
         copies = times.copy_core_seconds(streamed + g * (qkv + attended))
         work = g * (pre + post) + g * attention + copies + streamed / rates.staging_bandwidth
-        terms["CPU cores"] = work / rates.cores
+        terms["CPU cores"] = work / rates.cores.peak
     return terms
 
 
@@ -195,7 +195,7 @@ def prefill_seconds(
     layer = np.maximum(np.maximum(up, down), g * compute)
     if rates.cores is not None:
         copies = times.copy_core_seconds(streamed + g * (2 * hidden + kv)) + streamed / rates.staging_bandwidth
-        layer = np.maximum(layer, (g * compute + copies) / rates.cores)
+        layer = np.maximum(layer, (g * compute + copies) / rates.cores.peak)
     first_load = streamed / np.minimum(rates.h2d_bandwidth, rates.staging_bandwidth)
     return first_load + model.num_layers * layer + g * times.sample(mu)
 

@@ -143,5 +143,5 @@ def physical_bound(
         kv_read * 2 * model.num_heads / model.num_kv_heads / model.dtype_bytes / rates.cpu_attention_flops,
     ]
     if rates.cores is not None:
-        seconds.append((gpu_flops / peak + kv_read / rates.cpu_attention.peak) / max(rates.cores, 1.0))
+        seconds.append((gpu_flops / peak + kv_read / rates.cpu_attention.peak) / rates.cores.peak)
     return batch_size * gen_len / max(seconds)

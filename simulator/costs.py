@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from hrm.hardware import Rates
+from hrm.hardware import Curve, Rates
 from hrm.latency import TaskTimes
 from hrm.model import MoEModel
 from hrm.operators import Operator, distinct_experts, post_attention, pre_attention, prefill_layer, sampling
@@ -27,8 +27,8 @@ class Costs:
     flops: np.ndarray
     demands: dict[str, np.ndarray]
     """For each shared resource, units per second that the task uses while it runs at full speed."""
-    capacities: dict[str, float]
-    """For each shared resource, units per second that it has."""
+    capacities: dict[str, float | Curve]
+    """For each shared resource, units per second that it has, or that it gives by how many are wanted."""
 
     def without_contention(self) -> Costs:
         """The same tasks with every lane on resources of its own."""
@@ -157,13 +157,13 @@ def schedule_costs(
     dram[staging] *= 2
     if not copies_by_core:
         dram[compute] = 0.0
-    demands, capacities = {"dram": dram}, {"dram": rates.dram_bandwidth}
+    # One task alone never runs slower than alone, whatever the capacity says.
+    demands = {"dram": np.minimum(dram, rates.dram_bandwidth)}
+    capacities: dict[str, float | Curve] = {"dram": rates.dram_bandwidth}
     if rates.cores is not None:
         cores = np.ones(len(schedule))
         cores[copies] = np.minimum(1.0, times.copy_core_seconds(moved[copies]) / safe[copies])
         demands["cores"], capacities["cores"] = cores, rates.cores
-    # One task alone never runs slower than alone, whatever the capacity says.
-    demands = {key: np.minimum(value, capacities[key]) for key, value in demands.items()}
     return Costs(seconds, moved, flops, demands, capacities)
 
 

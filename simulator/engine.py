@@ -15,6 +15,7 @@ from functools import lru_cache
 import numpy as np
 
 from hrm.errors import InvalidSchedule
+from hrm.hardware import Curve
 from simulator.costs import Costs
 from simulator.task import LANES, Schedule
 
@@ -65,7 +66,7 @@ def _recurrence(schedule: Schedule, seconds: np.ndarray, order: np.ndarray) -> t
     return np.array(start), np.array(end)
 
 
-def fair_speeds(demands: Sequence[tuple[float, ...]], capacities: tuple[float, ...]) -> list[float]:
+def fair_speeds(demands: Sequence[tuple[float, ...]], capacities: tuple[float | Curve, ...]) -> list[float]:
     """Speed (0..1] of each running task when they share resources max-min fairly.
 
     On a resource with too little for all, nobody gets more than an equal share while another wants
@@ -76,7 +77,8 @@ def fair_speeds(demands: Sequence[tuple[float, ...]], capacities: tuple[float, .
     demands : sequence of tuple
         Units per second of each resource that a task uses at full speed.
     capacities : tuple
-        Units per second that each resource has.
+        Units per second that each resource has; or a curve, of what it gives by what is wanted in all
+        (cores do less when more threads than cores contend for them).
 
     Examples
     --------
@@ -87,9 +89,13 @@ def fair_speeds(demands: Sequence[tuple[float, ...]], capacities: tuple[float, .
 
 
 @lru_cache(maxsize=1 << 14)
-def _speeds(demands: tuple[tuple[float, ...], ...], capacities: tuple[float, ...]) -> tuple[float, ...]:
+def _speeds(demands: tuple[tuple[float, ...], ...], capacities: tuple[float | Curve, ...]) -> tuple[float, ...]:
     speeds = [1.0] * len(demands)
-    room = list(capacities)
+    given = []
+    for r, capacity in enumerate(capacities):
+        wanted = sum(d[r] for d in demands)
+        given.append(min(wanted, capacity.at(wanted)) if isinstance(capacity, Curve) else capacity)
+    room = list(given)
     active = list(range(len(demands)))
     while active:
         limits = dict.fromkeys(active, 1.0)
@@ -107,8 +113,7 @@ def _speeds(demands: tuple[tuple[float, ...], ...], capacities: tuple[float, ...
             active.remove(i)
             # Rounding must not leave less than nothing, nor nothing at all for the tiniest demand.
             room = [
-                max(1e-12 * whole, left - slowest * d)
-                for left, d, whole in zip(room, demands[i], capacities, strict=True)
+                max(1e-12 * whole, left - slowest * d) for left, d, whole in zip(room, demands[i], given, strict=True)
             ]
     return tuple(speeds)
 

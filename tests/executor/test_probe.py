@@ -22,7 +22,7 @@ def test_probe_measures_and_round_trips(tmp_path: Path, monkeypatch: pytest.Monk
     machine = prober.hardware()
     rates = machine.rates()
     assert rates.provenance == "measured" and machine.shared_memory
-    assert rates.cores is not None and 1 <= rates.cores <= 8
+    assert rates.cores is not None and 1 <= rates.cores.peak <= 8
     assert 0 < rates.h2d_bandwidth == rates.copy_bandwidth
     assert min(y for _, y in rates.gpu_experts.points) > 0
     assert any("all lanes at once" in note for note in notes)

@@ -174,8 +174,8 @@ def test_prefill_is_bound_by_its_slowest_lane() -> None:
 
 def test_shared_cores_bound_a_machine_without_a_gpu() -> None:
     """On a CPU-only machine the lanes share cores, and fewer cores never make it faster."""
-    box = replace(SPEC, cores=2.0, copy_bandwidth=5e9)
-    many, few = run(box), run(replace(box, cores=1.0))
+    box = replace(SPEC, cores=Curve.constant(2.0), copy_bandwidth=5e9)
+    many, few = run(box), run(replace(box, cores=Curve.constant(1.0)))
     assert "CPU cores" in many.terms
     assert "CPU cores" not in run(SPEC).terms
     assert float(few.throughput) <= float(many.throughput)

@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hrm.errors import InvalidSchedule
+from hrm.hardware import Curve
 from simulator.engine import fair_speeds, play
 from simulator.task import LANES, Schedule
 from tests.simulator.support import costs, random_seconds, schedules, story
@@ -293,3 +294,11 @@ def test_what_a_scarcer_resource_frees_is_dealt_out() -> None:
     """A task held back by one resource leaves its share of the other, in whatever order they are listed."""
     assert fair_speeds([(1.0, 1.0), (0.0, 1.0)], (0.2, 1.0)) == pytest.approx([0.2, 0.8])
     assert fair_speeds([(1.0, 1.0), (1.0, 0.0)], (1.0, 0.2)) == pytest.approx([0.2, 0.8])
+
+
+def test_a_capacity_may_fall_with_the_crowd() -> None:
+    """A resource given by a curve gives what the curve says for all that is wanted."""
+    cores = Curve(((1.0, 1.0), (2.0, 1.8), (3.0, 1.5)))
+    assert fair_speeds([(1.0,)], (cores,)) == [1.0]
+    assert fair_speeds([(1.0,), (1.0,)], (cores,)) == pytest.approx([0.9, 0.9])
+    assert fair_speeds([(1.0,), (1.0,), (1.0,)], (cores,)) == pytest.approx([0.5, 0.5, 0.5])
