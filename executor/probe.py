@@ -256,7 +256,7 @@ class _Bench:
         gate = threading.Barrier(len(calls) + 1)
         # Copies come last and have the link's lanes.
         compute = len(calls) - 2 if len(calls) > 2 else len(calls)
-        lanes = [Lane.GPU, Lane.CPU][:compute] + [Lane.H2D, Lane.D2H]
+        lanes = [*(Lane.GPU, Lane.CPU)[:compute], Lane.H2D, Lane.D2H]
 
         def loop(index: int) -> None:
             if not self.cuda:
