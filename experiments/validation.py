@@ -14,20 +14,21 @@ import shlex
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from hrm import BatchShape, Hardware, MoEModel, Plan, Policy, Workload, micro_batches, plan
+from experiments.validation_cases import QUICK, Case, validation_cases
+from experiments.validation_report import render, roofs, write
+from hrm import Hardware, MoEModel, Plan, Workload, plan
 from hrm.catalog import model_config
 from hrm.errors import HrmError
 from hrm.memory import batch_footprint
-from hrm.units import format_bandwidth, format_bytes, format_flops, format_seconds
 from simulator import Prediction, Timeline, simulate
 from simulator.gantt import gantt_pair
 
-__all__ = ["Case", "render", "run_validation"]
+__all__ = ["render", "run_validation"]
 
 _DEMO_MODEL = "mixtral-demo"
 _DEMO_DEVICE_MEMORY = 288 * 2**20
@@ -36,87 +37,6 @@ _QUIET_SHARE = 0.05
 _QUIET_DRIFT = 0.10
 # While others use the processor, a case waits this often for a pause before it is predicted.
 _PATIENCE, _PATIENCE_QUICK, _PAUSE_S = 6, 1, 5.0
-
-
-@dataclass(frozen=True, kw_only=True)
-class Case:
-    """One run to predict and measure."""
-
-    name: str
-    batch_size: int
-    micro_batch_size: int
-    weights_on_gpu: float
-    prompt_lens: tuple[int, ...]
-    """One length for all, or lengths that repeat."""
-    gen_len: int
-    link_bandwidth: float | None
-    """Bytes/s of the paced link; None for none."""
-
-    @property
-    def policy(self) -> Policy:
-        """The policy to run."""
-        return Policy(
-            batch_size=self.batch_size,
-            micro_batch_size=self.micro_batch_size,
-            weights_on_gpu=self.weights_on_gpu,
-        )
-
-    def lengths(self) -> list[int]:
-        """Prompt length of each request."""
-        return [self.prompt_lens[i % len(self.prompt_lens)] for i in range(self.batch_size)]
-
-    def shape(self) -> BatchShape:
-        """The batch as Algorithm 2 forms it."""
-        lengths = self.lengths()
-        groups, _ = micro_batches(
-            lengths,
-            num_micro_batches=self.policy.num_micro_batches,
-            micro_batch_size=self.micro_batch_size,
-        )
-        return BatchShape(tuple(tuple(lengths[i] for i in group) for group in groups), self.gen_len)
-
-
-def _cases(planned: Policy, gen_len: int, lens: tuple[int, ...], pace: float | None, cuda: bool) -> Iterator[Case]:
-    """The planned case, then a spread over batch, micro-batch, residency, lengths and link pace."""
-    yield Case(
-        name="planned",
-        batch_size=planned.batch_size,
-        micro_batch_size=planned.micro_batch_size,
-        weights_on_gpu=planned.weights_on_gpu,
-        prompt_lens=lens,
-        gen_len=gen_len,
-        link_bandwidth=pace,
-    )
-    mixed = (8, 96, 24, 40, 16, 64, 32, 120)
-    table: list[tuple[str, int, int, float, tuple[int, ...], int, float | None]] = [
-        # name, N, mu, r_w, prompt lengths, gen_len, link
-        ("slow link", 32, 16, 0.0, (32,), 8, 0.5e9),
-        ("streaming", 64, 16, 0.0, (32,), 12, 2e9),
-        ("balanced", 64, 16, 0.0, (32,), 12, 1e9),
-        ("small micro-batches", 32, 8, 0.0, (32,), 12, 2e9),
-        ("half resident", 64, 16, 0.5, (32,), 12, 2e9),
-        ("all resident", 64, 32, 1.0, (32,), 12, 2e9),
-        ("one micro-batch", 16, 16, 0.5, (64,), 12, 2e9),
-        ("two micro-batches", 64, 32, 0.25, (16,), 12, 1e9),
-        ("long prompts", 32, 16, 0.5, (128,), 8, 2e9),
-        ("few sequences", 24, 4, 0.0, (16,), 8, 1e9),
-        ("no pacing", 64, 16, 0.0, (32,), 12, None),
-        ("slow, mostly resident", 48, 16, 0.75, (32,), 12, 0.5e9),
-        ("uneven prompts", 48, 16, 0.25, mixed, 12, 2e9),
-    ]
-    for name, n, mu, share, lengths, gen, link in table:
-        yield Case(
-            name=name,
-            batch_size=n,
-            micro_batch_size=mu,
-            weights_on_gpu=share,
-            prompt_lens=lengths,
-            gen_len=gen,
-            link_bandwidth=None if cuda else link,
-        )
-
-
-_QUICK = ("planned", "slow link", "streaming")
 
 
 def run_validation(
@@ -170,9 +90,9 @@ def run_validation(
     chosen = _plan(opened.model, machine, device_memory, pace)
     say(str(chosen))
     lens = chosen.workload.prompt_lens
-    cases = list(_cases(chosen.policy, chosen.workload.gen_len, lens, pace, target.type == "cuda"))
+    cases = list(validation_cases(chosen.policy, chosen.workload.gen_len, lens, pace, target.type == "cuda"))
     if quick:
-        cases = [case for case in cases if case.name in _QUICK]
+        cases = [case for case in cases if case.name in QUICK]
     kept = _Kept(out / "cases.partial.jsonl", {"checkpoint": str(checkpoint), "device": str(target)})
     patience = _PATIENCE_QUICK if quick else _PATIENCE
     rows = []
@@ -190,12 +110,12 @@ def run_validation(
         "cases": rows,
         "mean_abs_error": statistics.fmean(errors),
         "worst_abs_error": max(errors),
-        "machine": {**machine.facts, "roofline": _roofs(machine)},
+        "machine": {**machine.facts, "roofline": roofs(machine)},
         "plan": chosen.to_dict(),
         "command": "hrm " + shlex.join(sys.argv[1:]),
         "files": sorted(str(p) for p in out.glob("*.*") if p.suffix in (".json", ".png", ".csv")),
     }
-    _write(result, out)
+    write(result, out)
     kept.finish()
     return result
 
@@ -384,90 +304,3 @@ class _Kept:
 
     def finish(self) -> None:
         self._path.unlink(missing_ok=True)
-
-
-def _roofs(machine: Hardware) -> dict[str, float]:
-    rates = machine.rates("measured")
-    return {
-        "device_gemm_flops": rates.gpu_gemm.peak,
-        "device_expert_flops": rates.gpu_experts.peak,
-        "device_read_bytes_per_s": float(machine.gpu.bandwidth),
-        "cpu_attention_bytes_per_s": rates.cpu_attention.peak,
-        "copy_bytes_per_s": rates.h2d_bandwidth,
-        "staging_bytes_per_s": rates.staging_bandwidth,
-        "task_hand_over_s": rates.task_s,
-        "lanes_at_once": rates.cores.points[-1][1] if rates.cores else 0.0,
-    }
-
-
-def _write(result: dict[str, Any], out: Path) -> None:
-    import matplotlib.pyplot as plt
-    import pandas as pd
-
-    (out / "validation.json").write_text(json.dumps(result, indent=1) + "\n")
-    flat = [{k: v for k, v in row.items() if not isinstance(v, dict | list)} for row in result["cases"]]
-    pd.DataFrame(flat).to_csv(out / "cases.csv", index=False)
-    figure, ax = plt.subplots(figsize=(5, 4.6), layout="constrained")
-    measured = [row["measured_tok_s"] for row in result["cases"]]
-    predicted = [row["predicted_tok_s"] for row in result["cases"]]
-    top = 1.1 * max(measured + predicted)
-    ax.plot([0, top], [0, top], color="black", linewidth=0.8)
-    ax.fill_between([0, top], [0, 0.88 * top], [0, 1.12 * top], color="#54a24b", alpha=0.15, label="± 12 %")
-    ax.scatter(measured, predicted, color="#1f4e79", zorder=3)
-    for row in result["cases"]:
-        ax.annotate(
-            row["name"],
-            (row["measured_tok_s"], row["predicted_tok_s"]),
-            xytext=(4, -8),
-            textcoords="offset points",
-            fontsize=7,
-        )
-    ax.set(xlim=(0, top), ylim=(0, top), xlabel="measured tokens/s", ylabel="predicted tokens/s")
-    ax.legend(frameon=False)
-    figure.savefig(out / "predicted_vs_measured.png", dpi=130)
-    plt.close(figure)
-
-
-def render(result: dict[str, Any]) -> str:
-    """The result as a person reads it: machine, plan, table of cases, errors."""
-    machine, roofs = result["machine"], result["machine"]["roofline"]
-    policy = result["plan"]["policy"]
-    lines = [
-        f"machine     {machine['cpu']}, {machine['cores']} cores, {format_bytes(machine['memory_bytes'])}"
-        + (f", {machine['gpu']}" if "gpu" in machine else ", no GPU: device and host are two heaps"),
-        f"versions    Python {machine['python']}, torch {machine['torch']}, transformers {machine['transformers']}, "
-        f"{machine['date']}",
-        f"measured    device GEMM {format_flops(roofs['device_gemm_flops'])}, "
-        f"experts {format_flops(roofs['device_expert_flops'])}, "
-        f"memory read {format_bandwidth(roofs['device_read_bytes_per_s'])}",
-        f"            CPU attention {format_bandwidth(roofs['cpu_attention_bytes_per_s'])} of KV, "
-        f"copies {format_bandwidth(roofs['copy_bytes_per_s'])}, "
-        f"hand-over {format_seconds(roofs['task_hand_over_s'])}"
-        + (f", {roofs['lanes_at_once']:.2f} lanes' worth at once" if roofs["lanes_at_once"] else ""),
-        f"plan        N={policy['batch_size']} mu={policy['micro_batch_size']} G={policy['num_micro_batches']} "
-        f"r_w={policy['weights_on_gpu']:.3f}: bound by the {result['plan']['predicted']['bottleneck']}",
-        "",
-    ]
-    head = (
-        f"{'case':<22}{'N':>4}{'mu':>4}{'G':>3}{'r_w':>6}{'gen':>5}{'link':>10} |{'predicted':>10}{'measured':>10}"
-        f"{'error':>8} |{'prefill s':>13}{'decode s':>13} |{'link busy':>10}{'others':>8}  most off"
-    )
-    lines += [head, "-" * len(head)]
-    for row in result["cases"]:
-        link = "none" if row["link_bandwidth"] is None else format_bandwidth(row["link_bandwidth"])
-        prefill = f"{row['predicted_prefill_s']:.2f} {row['measured_prefill_s']:.2f}"
-        decode = f"{row['predicted_decode_s']:.2f} {row['measured_decode_s']:.2f}"
-        busy = f"{row['measured_utilization']['h2d']:.0%}"
-        lines.append(
-            f"{row['name']:<22}{row['batch_size']:>4}{row['micro_batch_size']:>4}{row['num_micro_batches']:>3}"
-            f"{row['weights_on_gpu']:>6.2f}{row['gen_len']:>5}{link:>10} |{row['predicted_tok_s']:>10.1f}"
-            f"{row['measured_tok_s']:>10.1f}{row['error']:>+8.1%} |{prefill:>13}{decode:>13} |{busy:>10}"
-            f"{row['cpu_taken_by_others']:>8.1%}  {row['most_off']} {row['most_off_s']:+.2f} s"
-            + (" (disturbed)" if row["disturbed"] else "")
-        )
-    lines += [
-        "-" * len(head),
-        f"tokens/s: mean absolute error {result['mean_abs_error']:.1%}, worst {result['worst_abs_error']:.1%} over "
-        f"{len(result['cases'])} cases; prefill and decode columns: predicted, measured",
-    ]
-    return "\n".join(lines)

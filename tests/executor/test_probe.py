@@ -5,7 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import torch
 
+from executor import bench as bench_module
 from executor import probe as probe_module
 from executor.probe import Prober
 from hrm import Hardware, MoEModel, Workload, plan
@@ -14,11 +16,11 @@ from hrm import Hardware, MoEModel, Workload, plan
 def test_probe_measures_and_round_trips(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A (shortened) probe of this machine gives positive rates, saves, loads, and can be planned with."""
     monkeypatch.setattr(probe_module, "_PASSES", 1)
-    monkeypatch.setattr(probe_module, "_COLD_BYTES", 32 * 2**20)
-    monkeypatch.setattr(probe_module, "_TIME_PER_POINT", 0.002)
+    monkeypatch.setattr(bench_module, "_COLD_BYTES", 32 * 2**20)
+    monkeypatch.setattr(bench_module, "_TIME_PER_POINT", 0.002)
     model = MoEModel.from_catalog("mixtral-tiny")
     notes: list[str] = []
-    prober = Prober(model, device=__import__("torch").device("cpu"), progress=notes.append)
+    prober = Prober(model, device=torch.device("cpu"), progress=notes.append)
     machine = prober.hardware()
     rates = machine.rates()
     assert rates.provenance == "measured" and machine.shared_memory

@@ -1,0 +1,408 @@
+"""The calls that a probe times, with the memory that they work on, and the rates that follow from them."""
+
+from __future__ import annotations
+
+import platform
+import statistics
+import threading
+import time
+from collections.abc import Callable
+from functools import partial
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+from executor.checkpoint import TORCH_DTYPES
+from executor.families import dispatch_probe
+from executor.kernels import ExpertWeights, causal_attention, decode_attention, moe_ffn
+from executor.lanes import PacedLink, lane_threads, run_lanes, yield_to_copies
+from executor.machine import machine_facts, ram_bytes
+from hrm.errors import DoesNotFit
+from hrm.hardware import Curve, Hardware, Link, MemoryLevel, Quantity, Rates
+from hrm.model import MoEModel
+from hrm.operators import pre_attention
+from simulator.schedules import cgopipe
+from simulator.task import Lane, Op
+
+__all__ = ["Bench", "Crowd", "Key"]
+
+_COLD_BYTES = 160 * 2**20
+_ROWS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024)
+_EXPERT_ROWS = (1, 1.5, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256, 512)
+_PROMPTS = (8, 16, 32, 64, 128, 256, 512)
+_CONTEXTS = (16, 32, 64, 128, 256, 512, 1024)
+_TIME_PER_POINT = 0.04
+_LONGEST_CALL = 0.25
+_SAMPLES = 8
+_SWEEP_BYTES = 16 * 2**20
+_PIECE = 8 * 2**20
+_COPY_SHARE = 0.4
+_HOST = torch.device("cpu")
+
+Call = Callable[[], Any]
+Key = tuple[str, float]
+
+
+class Crowd(NamedTuple):
+    """What lanes cost each other."""
+
+    task_s: float
+    cores: Curve
+    copy_traffic: float
+
+
+class Bench:
+    """The calls that are timed, with the memory that they work on."""
+
+    def __init__(self, model: MoEModel, device: torch.device) -> None:
+        self.model, self.device = model, device
+        self.cuda = device.type == "cuda"
+        self.dtype = TORCH_DTYPES[model.dtype]
+        self.generator = torch.Generator().manual_seed(0)
+        # As many experts of the model's shape as overflow the caches stand for all of them.
+        self.experts = max(model.top_k, min(model.num_experts, round(2 * _COLD_BYTES / model.expert_bytes)))
+        layer = self.experts * model.expert_bytes
+        pool_bytes = max(2 * layer if layer < 4 * _COLD_BYTES else layer, 2 * _COLD_BYTES)
+        room = torch.cuda.mem_get_info(device)[0] if self.cuda else ram_bytes()
+        if pool_bytes > 0.5 * room:
+            raise DoesNotFit(f"a few experts of {model.name} are too large to be probed on this machine.")
+        self.pool = self.random(int(pool_bytes) // self.dtype.itemsize)
+        self.sweep = torch.ones(_SWEEP_BYTES // 4)
+        self.host_pool = self.random(_COLD_BYTES // 2, device=_HOST) if self.cuda else self.pool
+        self.prepare()
+
+    def random(self, *shape: int, device: torch.device | None = None) -> torch.Tensor:
+        # Repeated blocks: fresh random numbers for hundreds of megabytes would take longer than measuring.
+        count = int(np.prod(shape))
+        block = torch.empty(min(count, 2**20)).normal_(0, 0.02, generator=self.generator).to(self.dtype)
+        flat = block.repeat(-(-count // block.numel()))[:count].contiguous()
+        return flat.view(shape).to(device or self.device)
+
+    def views(self, *shape: int, host: bool = False) -> Callable[[], torch.Tensor]:
+        """A source of equal tensors that lie one after the other in a pool larger than the caches."""
+        pool, size = self.host_pool if host else self.pool, int(np.prod(shape))
+        count = max(1, pool.numel() // size)
+        state = {"next": 0}
+
+        def take() -> torch.Tensor:
+            first = state["next"] * size
+            state["next"] = (state["next"] + 1) % count
+            return pool[first : first + size].view(shape)
+
+        return take
+
+    # -- timing ------------------------------------------------------------------------------------
+
+    def seconds(self, call: Call, *, on_device: bool = True) -> float:
+        """Median time of a call as a pipeline makes it: after other work has filled the caches.
+
+        On CUDA the device is synchronised before and after.
+        """
+        sync = torch.cuda.synchronize if self.cuda and on_device else (lambda: None)
+        samples: list[float] = []
+        spent = 0.0
+        while len(samples) < 2 or (spent < _TIME_PER_POINT and len(samples) < _SAMPLES):
+            if not (self.cuda and on_device):
+                self.sweep.sum()
+            sync()
+            begin = time.perf_counter()
+            call()
+            sync()
+            samples.append(time.perf_counter() - begin)
+            spent += samples[-1]
+            if samples[-1] > _LONGEST_CALL:
+                break
+        return statistics.median(samples)
+
+    def together(self, calls: list[Call], seconds: float) -> list[float]:
+        """Calls per second of each when all run at once, on lanes GPU, CPU and copies, in this order."""
+        counts = [0] * len(calls)
+        spent = [1.0] * len(calls)
+        stop = threading.Event()
+        gate = threading.Barrier(len(calls) + 1)
+        # Copies come last and have the link's lanes.
+        compute = len(calls) - 2 if len(calls) > 2 else len(calls)
+        lanes = [*(Lane.GPU, Lane.CPU)[:compute], Lane.H2D, Lane.D2H]
+
+        def loop(index: int) -> None:
+            if not self.cuda:
+                torch.set_num_threads(lane_threads()[lanes[index]])
+                yield_to_copies(lanes[index])
+            with torch.inference_mode():
+                calls[index]()
+                gate.wait()
+                begin = time.perf_counter()
+                while not stop.is_set():
+                    calls[index]()
+                    counts[index] += 1
+                spent[index] = time.perf_counter() - begin
+
+        workers = [threading.Thread(target=loop, args=(i,)) for i in range(len(calls))]
+        for worker in workers:
+            worker.start()
+        gate.wait()
+        time.sleep(seconds)
+        stop.set()
+        for worker in workers:
+            worker.join()
+        return [count / each for count, each in zip(counts, spent, strict=True)]
+
+    # -- kernels: calls by size --------------------------------------------------------------------
+
+    def gemm_calls(self) -> dict[float, Call]:
+        """A dense projection, by rows."""
+        h, wide = self.model.hidden_size, self.model.q_size
+        take = self.views(wide, h)
+        inputs = {rows: self.random(rows, h) for rows in _ROWS}
+        return {rows: partial(lambda x: F.linear(x, take()), x) for rows, x in inputs.items()}
+
+    def expert_call(self, tokens: int) -> Call:
+        """The MoE kernel on `tokens` tokens with uniform random routing."""
+        m = self.model
+        h, i = m.hidden_size, m.intermediate_size
+        layers = []
+        size = 3 * i * h
+        for first in range(0, self.pool.numel() - self.experts * size + 1, self.experts * size):
+            flat = self.pool[first : first + self.experts * size].view(self.experts, size)
+            layers.append([ExpertWeights([w[: 2 * i * h].view(2 * i, h)], [w[2 * i * h :].view(h, i)]) for w in flat])
+        x = self.random(tokens, h)
+        choices = [
+            torch.rand(tokens, self.experts, generator=self.generator).topk(m.top_k).indices.to(self.device)
+            for _ in range(8)
+        ]
+        weight = torch.full((tokens, m.top_k), 1 / m.top_k, device=self.device)
+        state = {"next": 0}
+
+        def call() -> Any:
+            state["next"] += 1
+            turn = state["next"]
+            return moe_ffn(x, choices[turn % len(choices)], weight, layers[turn % len(layers)], F.silu)
+
+        return call
+
+    def expert_calls(self) -> tuple[dict[float, Call], dict[float, float]]:
+        """The MoE kernel by tokens per active expert, and the FLOPs of each."""
+        m = self.model
+        calls: dict[float, Call] = {}
+        flops: dict[float, float] = {}
+        for wanted in _EXPERT_ROWS:
+            tokens = max(1, round(wanted * self.experts / m.top_k))
+            active = self.experts * (1 - (1 - m.top_k / self.experts) ** tokens)
+            rows = tokens * m.top_k / active
+            calls[rows] = self.expert_call(tokens)
+            flops[rows] = 6.0 * tokens * m.top_k * m.hidden_size * m.intermediate_size
+        return calls, flops
+
+    def causal_calls(self) -> tuple[dict[float, Call], dict[float, float]]:
+        """Prefill attention by prompt length, and the FLOPs of each."""
+        m = self.model
+        calls: dict[float, Call] = {}
+        flops: dict[float, float] = {}
+        for s in _PROMPTS:
+            n = max(1, 512 // s)
+            q = self.random(n * s, m.num_heads, m.head_dim)
+            k, v = (self.random(n * s, m.num_kv_heads, m.head_dim) for _ in range(2))
+            calls[s] = partial(causal_attention, q, k, v, [s] * n)
+            flops[s] = 4 * n * s * (s + 1) / 2 * m.q_size
+        return calls, flops
+
+    def attention_call(self, sequences: int, context: int) -> Call:
+        """CPU decode attention, new token appended."""
+        m = self.model
+        take = self.views(2, sequences, m.num_kv_heads, context + 1, m.head_dim, host=True)
+        q = self.random(sequences, m.num_heads, m.head_dim, device=_HOST)
+        new = self.random(sequences, m.num_kv_heads, m.head_dim, device=_HOST)
+        out = torch.empty_like(q)
+
+        def call() -> None:
+            k, v = take()
+            k[:, :, context - 1].copy_(new)
+            v[:, :, context - 1].copy_(new)
+            decode_attention(q, k[:, :, :context], v[:, :, :context], None, out)
+
+        return call
+
+    def attention_calls(self) -> tuple[dict[float, Call], dict[float, float]]:
+        """CPU attention by context, and the KV bytes of each."""
+        calls: dict[float, Call] = {}
+        sizes: dict[float, float] = {}
+        for context in _CONTEXTS:
+            per_sequence = context * self.model.kv_token_bytes
+            sequences = max(1, min(64, round(4 * 2**20 / per_sequence)))
+            calls[context] = self.attention_call(sequences, context)
+            sizes[context] = sequences * per_sequence
+        return calls, sizes
+
+    # -- copies and hand-overs ---------------------------------------------------------------------
+
+    def copy_call(self, source: torch.Tensor, target: torch.Tensor, pace: float | None = None) -> Call:
+        """A copy of a megabyte-sized piece of a buffer, another piece each time."""
+        count = source.numel() // _PIECE
+        link = PacedLink(pace)
+        state = {"next": 0}
+
+        def call() -> Any:
+            first = state["next"] * _PIECE
+            state["next"] = (state["next"] + 1) % count
+            here, there = source[first : first + _PIECE], target[first : first + _PIECE]
+            return there.copy_(here, non_blocking=True) if self.cuda else link.copy(there, here)
+
+        return call
+
+    def hand_over(self) -> float:
+        """Seconds between the end of a task and the start of one that waits for it on another lane."""
+        schedule = cgopipe(num_layers=8, num_micro_batches=1, decode_steps=8, stream_weights=False)
+        begin, _ = run_lanes(schedule, {op: (lambda *_: None) for op in Op}, device=torch.device("cpu"))
+        early = schedule.step < 2
+        pre = begin[schedule.mask(Op.PRE_ATTN) & ~early]
+        post = begin[schedule.mask(Op.POST_ATTN) & ~early]
+        return statistics.median((post - pre).tolist()) / 4  # PreAttn to PostAttn is four hand-overs
+
+    # -- all of it ---------------------------------------------------------------------------------
+
+    def prepare(self) -> None:
+        """Set up every call, and run each once."""
+        causal, self.causal_flops = self.causal_calls()
+        experts, self.expert_flops = self.expert_calls()
+        attention, self.attention_bytes = self.attention_calls()
+        self.host = [torch.ones(_COLD_BYTES, dtype=torch.uint8) for _ in range(2)]
+        self.calls: dict[Key, Call] = {("gemm", k): v for k, v in self.gemm_calls().items()}
+        self.calls |= {("experts", k): v for k, v in experts.items()}
+        self.calls |= {("causal", k): v for k, v in causal.items()}
+        self.calls[("dispatch", 0)] = dispatch_probe(self.device, self.dtype)
+        self.calls[("read", 0)] = self.pool.sum
+        self.host_calls: dict[Key, Call] = {("attention", k): v for k, v in attention.items()}
+        self.host_calls[("attention call", 0)] = self.attention_call(1, 1)
+        if self.cuda:
+            pinned = self.host[0].pin_memory()
+            there = torch.empty(_COLD_BYTES, dtype=torch.uint8, device=self.device)
+            little, mark = pinned[:64], there[:64]
+            self.calls[("h2d", 0)] = self.copy_call(pinned, there)
+            self.calls[("d2h", 0)] = self.copy_call(there, pinned)
+            self.calls[("transfer", 0)] = lambda: mark.copy_(little, non_blocking=True)
+            self.host_calls[("staging", 0)] = self.copy_call(self.host[1], pinned)
+        else:
+            small, link = [torch.zeros(64, dtype=torch.uint8) for _ in range(2)], PacedLink(None)
+            self.host_calls[("staging", 0)] = self.copy_call(self.host[0], self.host[1])
+            self.host_calls[("transfer", 0)] = lambda: link.copy(small[1], small[0])
+        for call in [*self.calls.values(), *self.host_calls.values()]:
+            call()
+
+    def one_pass(self) -> dict[Key, float]:
+        """Seconds of every call, alone."""
+        if not self.cuda:
+            torch.set_num_threads(lane_threads()[Lane.GPU])
+        alone = {key: self.seconds(call) for key, call in self.calls.items()}
+        return alone | {key: self.seconds(call, on_device=False) for key, call in self.host_calls.items()}
+
+    def crowd(self) -> list[tuple[float, float]]:
+        """(Lanes' worth of work wanted, done): a compute lane beside copies, and all lanes at once."""
+        tokens = max(1, 4 * self.experts // self.model.top_k)
+        compute = [self.expert_call(tokens), self.attention_call(16, 128)]
+        copy_alone = self.together([self.copy_call(self.host[0], self.host[1])], 0.2)[0]
+        copies = self.two_copies(_COPY_SHARE * copy_alone * _PIECE)
+        ffn, attention = (self.together([call], 0.3)[0] for call in compute)
+        beside = self.together([compute[0], *copies], 0.6)
+        crowd = self.together([*compute, *copies], 0.8)
+        some = beside[0] / ffn + sum(beside[1:]) / copy_alone
+        everything = crowd[0] / ffn + crowd[1] / attention + sum(crowd[2:]) / copy_alone
+        return [(1 + 2 * _COPY_SHARE, some), (2 + 2 * _COPY_SHARE, everything)]
+
+    def copy_pair(self) -> float:
+        """Bytes/s of memory traffic, read and written, of two copies at once."""
+        return 2 * _PIECE * sum(self.together(self.two_copies(None), 0.6))
+
+    def two_copies(self, pace: float | None) -> list[Call]:
+        """Copies between different halves of the host buffers."""
+        half = _COLD_BYTES // 2
+        source, target = self.host
+        return [
+            self.copy_call(source[:half], target[:half], pace),
+            self.copy_call(source[half:], target[half:], pace),
+        ]
+
+    def rates(self, spent: dict[Key, float], crowd: Crowd) -> tuple[Rates, float]:
+        """Rates from seconds per call, and the bandwidth at which the device reads its memory."""
+        m = self.model
+
+        def curve(name: str, work: dict[float, float], minus: float = 0.0) -> Curve:
+            points = []
+            for size, amount in sorted(work.items()):
+                t = spent[name, size]
+                points.append((float(size), amount / max(t - minus, t / 2)))
+            return Curve(tuple(points))
+
+        # The timed call projects and rotates; it does not pack.
+        launches = sum(op.launches for op in pre_attention(m, 1) if op.name != "pack_qkv")
+        per_call = spent["attention call", 0]
+        gemm = curve("gemm", {rows: 2.0 * rows * m.hidden_size * m.q_size for rows in _ROWS})
+        experts = curve("experts", self.expert_flops)
+        attention = curve("attention", self.attention_bytes, minus=per_call)
+        copy = _PIECE / spent["staging", 0]
+        read = self.pool.nbytes / spent["read", 0]
+        rates = Rates(
+            provenance="measured",
+            source=f"hrm probe, shapes of {m.name} in {m.dtype}",
+            gpu_gemm=gemm,
+            gpu_experts=experts,
+            gpu_attention=curve("causal", self.causal_flops),
+            gpu_bandwidth=max(read, gemm.points[0][1] * m.dtype_bytes / 2),
+            gpu_launch_s=spent["dispatch", 0] / launches,
+            cpu_attention=attention,
+            cpu_attention_flops=1e15 if self.cuda else max(gemm.peak, experts.peak),
+            cpu_task_s=per_call,
+            h2d_bandwidth=_PIECE / spent["h2d", 0] if self.cuda else copy,
+            d2h_bandwidth=_PIECE / spent["d2h", 0] if self.cuda else copy,
+            transfer_s=spent["transfer", 0],
+            staging_bandwidth=copy,
+            dram_bandwidth=max(crowd.copy_traffic, attention.peak),
+            copy_bandwidth=None if self.cuda else copy,
+            task_s=max(0.0, crowd.task_s),
+            cores=None if self.cuda else crowd.cores,
+        )
+        return rates, read
+
+    def hardware(self, spent: dict[Key, float], crowd: Crowd, share: float) -> Hardware:
+        """The machine as a hardware file describes it."""
+        rates, read = self.rates(spent, crowd)
+        facts = machine_facts() | {"cpu_taken_by_others": round(share, 4)}
+        source = f"hrm probe, {facts['date']}"
+
+        def measured(value: float) -> Quantity:
+            return Quantity(float(value), "measured", source)
+
+        if self.cuda:
+            name = facts["gpu"]
+            gpu_bytes = torch.cuda.get_device_properties(self.device).total_memory
+        else:
+            name, gpu_bytes = f"{facts['cpu']} (a heap in RAM, half the cores)", ram_bytes() // 4
+        peak = max(rates.gpu_gemm.peak, rates.gpu_experts.peak)
+        return Hardware(
+            name=platform.node() or "this-machine",
+            title=f"{facts['cores']} cores, at the shapes of {self.model.name} in {self.model.dtype}",
+            levels=(
+                MemoryLevel(
+                    name="gpu",
+                    processor=name,
+                    capacity=measured(gpu_bytes),
+                    bandwidth=measured(read),
+                    peak_flops=measured(peak),
+                ),
+                MemoryLevel(
+                    name="cpu",
+                    processor=facts["cpu"],
+                    capacity=measured(ram_bytes()),
+                    bandwidth=measured(rates.cpu_attention.peak),
+                    peak_flops=measured(peak),
+                ),
+            ),
+            links=(
+                Link(source="cpu", target="gpu", bandwidth=measured(rates.h2d_bandwidth)),
+                Link(source="gpu", target="cpu", bandwidth=measured(rates.d2h_bandwidth)),
+            ),
+            rate_sets={"measured": rates},
+            facts=facts,
+            shared_memory=not self.cuda,
+        )
