@@ -35,6 +35,7 @@ _DEMO_DEVICE_MEMORY = 288 * 2**20
 _MOST_TRIES = 3
 _QUIET_SHARE = 0.05
 _QUIET_DRIFT = 0.10
+_KEEP_S = 6 * 3600.0
 # While others use the processor, a case waits this often for a pause before it is predicted.
 _PATIENCE, _PATIENCE_QUICK, _PAUSE_S = 6, 1, 5.0
 
@@ -106,10 +107,16 @@ def run_validation(
             say(f"case {number}/{len(cases)}: {case.name} was finished before")
         rows.append(row)
     errors = [abs(row["error"]) for row in rows]
+    quiet = [abs(row["error"]) for row in rows if not row["disturbed"]]
     result = {
         "cases": rows,
         "mean_abs_error": statistics.fmean(errors),
         "worst_abs_error": max(errors),
+        "undisturbed": {
+            "cases": len(quiet),
+            "mean_abs_error": statistics.fmean(quiet) if quiet else None,
+            "worst_abs_error": max(quiet, default=None),
+        },
         "machine": {**machine.facts, "roofline": roofs(machine)},
         "plan": chosen.to_dict(),
         "command": "hrm " + shlex.join(sys.argv[1:]),
@@ -285,7 +292,7 @@ class _Kept:
                     entry = json.loads(line)
                 except json.JSONDecodeError:
                     continue  # the line that the kill cut short
-                if entry["header"] == self._header:
+                if entry["header"] == self._header and time.time() - entry["written"] < _KEEP_S:
                     self._rows[entry["case"]] = entry["row"]
 
     @staticmethod
@@ -298,7 +305,8 @@ class _Kept:
 
     def add(self, case: Case, row: dict[str, Any]) -> None:
         with self._path.open("a") as stream:
-            stream.write(json.dumps({"header": self._header, "case": self._key(case), "row": row}) + "\n")
+            entry = {"header": self._header, "written": time.time(), "case": self._key(case), "row": row}
+            stream.write(json.dumps(entry) + "\n")
             stream.flush()
             os.fsync(stream.fileno())
 

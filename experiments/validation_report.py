@@ -96,4 +96,12 @@ def render(result: dict[str, Any]) -> str:
         f"tokens/s: mean absolute error {result['mean_abs_error']:.1%}, worst {result['worst_abs_error']:.1%} over "
         f"{len(result['cases'])} cases; prefill and decode columns: predicted, measured",
     ]
+    quiet = result["undisturbed"]
+    if 0 < quiet["cases"] < len(result["cases"]):
+        lines.append(
+            f"undisturbed cases alone ({quiet['cases']}): mean {quiet['mean_abs_error']:.1%}, "
+            f"worst {quiet['worst_abs_error']:.1%}; in the others somebody else used the processor"
+        )
+    elif not quiet["cases"]:
+        lines.append("every case was disturbed: others used the processor; repeat on a quiet machine")
     return "\n".join(lines)
