@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import platform
 import statistics
 import threading
 import time
@@ -39,6 +38,7 @@ _SAMPLES = 8
 _SWEEP_BYTES = 16 * 2**20
 _PIECE = 8 * 2**20
 _COPY_SHARE = 0.4
+_HOST_ROWS = 256
 _HOST = torch.device("cpu")
 
 Call = Callable[[], Any]
@@ -59,6 +59,7 @@ class Bench:
     def __init__(self, model: MoEModel, device: torch.device) -> None:
         self.model, self.device = model, device
         self.cuda = device.type == "cuda"
+        self.threads = lane_threads(cuda=self.cuda)
         self.dtype = TORCH_DTYPES[model.dtype]
         self.generator = torch.Generator().manual_seed(0)
         # As many experts of the model's shape as overflow the caches stand for all of them.
@@ -128,11 +129,11 @@ class Bench:
 
         def loop(index: int) -> None:
             if not self.cuda:
-                torch.set_num_threads(lane_threads()[lanes[index]])
                 yield_to_copies(lanes[index])
             with torch.inference_mode():
                 calls[index]()
-                gate.wait()
+                gate.wait()  # as in `run_lanes`: every thread has called torch before any sets its count
+                torch.set_num_threads(self.threads[lanes[index]])
                 begin = time.perf_counter()
                 while not stop.is_set():
                     calls[index]()
@@ -275,6 +276,9 @@ class Bench:
         self.calls[("read", 0)] = self.pool.sum
         self.host_calls: dict[Key, Call] = {("attention", k): v for k, v in attention.items()}
         self.host_calls[("attention call", 0)] = self.attention_call(1, 1)
+        square = self.random(_HOST_ROWS, self.model.hidden_size, device=_HOST)
+        weight = self.random(self.model.q_size, self.model.hidden_size, device=_HOST)
+        self.host_calls[("host gemm", 0)] = lambda: F.linear(square, weight)
         if self.cuda:
             pinned = self.host[0].pin_memory()
             there = torch.empty(_COLD_BYTES, dtype=torch.uint8, device=self.device)
@@ -292,10 +296,13 @@ class Bench:
 
     def one_pass(self) -> dict[Key, float]:
         """Seconds of every call, alone."""
-        if not self.cuda:
-            torch.set_num_threads(lane_threads()[Lane.GPU])
+        torch.get_num_threads()
+        torch.set_num_threads(self.threads[Lane.GPU])
         alone = {key: self.seconds(call) for key, call in self.calls.items()}
-        return alone | {key: self.seconds(call, on_device=False) for key, call in self.host_calls.items()}
+        for key, call in self.host_calls.items():
+            torch.set_num_threads(self.threads[Lane.PIN if key[0] in ("staging", "transfer") else Lane.CPU])
+            alone[key] = self.seconds(call, on_device=False)
+        return alone
 
     def crowd(self) -> list[tuple[float, float]]:
         """(Lanes' worth of work wanted, done): a compute lane beside copies, and all lanes at once."""
@@ -351,7 +358,7 @@ class Bench:
             gpu_bandwidth=max(read, gemm.points[0][1] * m.dtype_bytes / 2),
             gpu_launch_s=spent["dispatch", 0] / launches,
             cpu_attention=attention,
-            cpu_attention_flops=1e15 if self.cuda else max(gemm.peak, experts.peak),
+            cpu_attention_flops=2.0 * _HOST_ROWS * m.hidden_size * m.q_size / spent["host gemm", 0],
             cpu_task_s=per_call,
             h2d_bandwidth=_PIECE / spent["h2d", 0] if self.cuda else copy,
             d2h_bandwidth=_PIECE / spent["d2h", 0] if self.cuda else copy,
@@ -380,7 +387,7 @@ class Bench:
             name, gpu_bytes = f"{facts['cpu']} (a heap in RAM, half the cores)", ram_bytes() // 4
         peak = max(rates.gpu_gemm.peak, rates.gpu_experts.peak)
         return Hardware(
-            name=platform.node() or "this-machine",
+            name="this-machine",
             title=f"{facts['cores']} cores, at the shapes of {self.model.name} in {self.model.dtype}",
             levels=(
                 MemoryLevel(

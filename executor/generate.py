@@ -11,14 +11,17 @@ import torch
 
 from executor.checkpoint import Checkpoint
 from executor.families import load_dense
+from executor.machine import ram_bytes
 from executor.memory import DeviceMemory, WeightStore
-from executor.runtime import BatchRun, execute
+from executor.runtime import BATCH_ITEMS, BatchRun, execute
 from hrm.batching import micro_batches
-from hrm.errors import HrmError, InvalidValue, PolicyInfeasible
+from hrm.errors import DoesNotFit, HrmError, InvalidValue, PolicyInfeasible
 from hrm.hardware import Hardware
+from hrm.memory import batch_footprint
 from hrm.pipeline import BatchShape
 from hrm.policy import Policy
 from hrm.search import plan
+from hrm.units import format_bytes
 from hrm.workload import Workload
 from simulator.schedules import build_schedule, check_buildable
 from simulator.task import Op
@@ -102,7 +105,7 @@ def pick_device(name: str | None) -> torch.device:
         raise InvalidValue(f"'device' must be 'cuda' or 'cpu': {name!r}")
     if name == "cuda" and not torch.cuda.is_available():
         raise InvalidValue("device 'cuda' is not available here; use --device cpu.")
-    return torch.device(name)
+    return torch.device("cuda", torch.cuda.current_device()) if name == "cuda" else torch.device("cpu")
 
 
 class Executor:
@@ -140,10 +143,10 @@ class Executor:
         started = time.perf_counter()
         if device.type == "cuda":
             total = torch.cuda.get_device_properties(device).total_memory
-            device_memory = min(device_memory or total, total)
+            device_memory = total if device_memory is None else min(device_memory, total)
             torch.cuda.set_per_process_memory_fraction(device_memory / total, device)
         self.checkpoint, self.policy, self.link_bandwidth = checkpoint, policy, link_bandwidth
-        self.memory = DeviceMemory(device_memory or 2**62, device)
+        self.memory = DeviceMemory(2**62 if device_memory is None else device_memory, device)
         self.dense = load_dense(checkpoint, self.memory, positions=max_tokens)
         self.weights = WeightStore(checkpoint, self.memory, policy.weights_on_gpu)
         self.setup_s = time.perf_counter() - started
@@ -158,16 +161,16 @@ class Executor:
     ) -> tuple[list[list[list[int]]], Timeline, BatchShape]:
         """Run one batch given by micro-batch, longest prompt first within each; returns ids likewise."""
         started = time.perf_counter()
-        run = BatchRun(
-            self.checkpoint,
-            prompts,
-            gen_len,
-            memory=self.memory,
-            weights=self.weights,
-            dense=self.dense,
-            link_bandwidth=self.link_bandwidth,
-        )
         try:
+            run = BatchRun(
+                self.checkpoint,
+                prompts,
+                gen_len,
+                memory=self.memory,
+                weights=self.weights,
+                dense=self.dense,
+                link_bandwidth=self.link_bandwidth,
+            )
             schedule = build_schedule(
                 self.checkpoint.model.num_layers,
                 self.policy,
@@ -184,7 +187,7 @@ class Executor:
                 f"try --micro-batch-size {max(1, self.policy.micro_batch_size // 2)}."
             ) from None
         finally:
-            run.release()
+            self.memory.release(BATCH_ITEMS)
 
     @property
     def peak_memory(self) -> dict[str, int]:
@@ -275,6 +278,8 @@ def generate(
             device_memory=device_memory,
             link_bandwidth=link_bandwidth,
         )
+    batches = _batches([len(p) for p in prompts], policy)
+    _check_memory(checkpoint, prompts, batches, gen_len, policy, target, device_memory)
     executor = Executor(
         checkpoint,
         policy,
@@ -285,19 +290,10 @@ def generate(
     )
     outputs: list[list[int]] = [[] for _ in prompts]
     timelines = []
-    waiting = list(range(len(prompts)))
-    while waiting:
-        taken = waiting[: policy.batch_size]
-        groups, deferred = micro_batches(
-            [len(prompts[i]) for i in taken],
-            num_micro_batches=policy.num_micro_batches,
-            micro_batch_size=policy.micro_batch_size,
-        )
-        assert not deferred, "a batch holds no more than N requests"
-        waiting = waiting[len(taken) :]
-        parts = [[prompts[taken[i]] for i in group] for group in groups]
+    for groups in batches:
+        parts = [[prompts[i] for i in group] for group in groups]
         generated, timeline, shape = executor.run_batch(parts, gen_len, on_done=on_done)
-        requests = [taken[i] for group in groups for i in group]
+        requests = [i for group in groups for i in group]
         flat = [_until_end(ids, eos_token_ids) for part in generated for ids in part]
         for request, ids in zip(requests, flat, strict=True):
             outputs[request] = ids
@@ -313,6 +309,49 @@ def generate(
         peak_memory=executor.peak_memory,
         timelines=timelines,
     )
+
+
+def _batches(lengths: Sequence[int], policy: Policy) -> list[list[list[int]]]:
+    """Requests by batch and micro-batch, in order of arrival, each batch spread by Algorithm 2."""
+    batches = []
+    for first in range(0, len(lengths), policy.batch_size):
+        taken = lengths[first : first + policy.batch_size]
+        groups, deferred = micro_batches(
+            taken, num_micro_batches=policy.num_micro_batches, micro_batch_size=policy.micro_batch_size
+        )
+        assert not deferred, "a batch holds no more than N requests"
+        batches.append([[first + i for i in group] for group in groups])
+    return batches
+
+
+def _check_memory(
+    checkpoint: Checkpoint,
+    prompts: Sequence[Sequence[int]],
+    batches: list[list[list[int]]],
+    gen_len: int,
+    policy: Policy,
+    device: torch.device,
+    device_memory: int | None,
+) -> None:
+    """Raise `DoesNotFit` if any batch needs more than the budget or this machine has."""
+    if device_memory is not None and device_memory < 1:
+        raise InvalidValue(f"'device_memory' must be >= 1: {device_memory}")
+    for number, groups in enumerate(batches, start=1):
+        shape = BatchShape(tuple(tuple(len(prompts[i]) for i in group) for group in groups), gen_len)
+        need = batch_footprint(checkpoint.model, shape, policy.weights_on_gpu)
+        which = f"batch {number} of {len(batches)}" if len(batches) > 1 else "the batch"
+        if device_memory is not None and need.gpu_bytes > device_memory:
+            raise DoesNotFit(
+                f"{which} needs {format_bytes(need.gpu_bytes)} of device memory, the budget is "
+                f"{format_bytes(device_memory)}. Raise --device-memory, or lower --weights-on-gpu or "
+                "--micro-batch-size."
+            )
+        host = need.cpu_bytes + (need.gpu_bytes if device.type == "cpu" else 0)
+        if host > ram_bytes():
+            raise DoesNotFit(
+                f"{which} needs {format_bytes(host)} of this machine's memory, which is "
+                f"{format_bytes(ram_bytes())}. Lower --batch-size."
+            )
 
 
 def _until_end(ids: list[int], eos: Sequence[int]) -> list[int]:
@@ -334,6 +373,12 @@ def auto_policy(
     from executor.probe import probe
 
     machine = hardware or probe(checkpoint.model, device=device)
+    if machine.shared_memory != (device.type == "cpu"):
+        kind = "without" if machine.shared_memory else "with"
+        raise InvalidValue(
+            f"hardware {machine.name!r} describes a machine {kind} a GPU and the device is {device.type!r}; "
+            "give a file that `hrm probe` wrote here, or none."
+        )
     machine = machine.with_capacity(gpu_bytes=device_memory)
     if machine.shared_memory:
         machine = machine.with_link(link_bandwidth)
@@ -342,9 +387,10 @@ def auto_policy(
         prompt_avg=sum(prompt_lens) / len(prompt_lens),
         prompt_max=max(prompt_lens),
         gen_len=gen_len,
-        prompt_lens=tuple(prompt_lens),
+        # Longest first: a policy that fits the heaviest N requests fits any N.
+        prompt_lens=tuple(sorted(prompt_lens, reverse=True)),
     )
     try:
-        return plan(checkpoint.model, machine, workload, max_batch_size=len(prompt_lens)).policy
+        return plan(checkpoint.model, machine, workload, num_requests=len(prompt_lens)).policy
     except HrmError as error:
         raise type(error)(f"no policy found: {error}") from None

@@ -12,11 +12,13 @@ import os
 import threading
 import time
 from collections.abc import Callable, Mapping
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
 import torch
 
+from executor.machine import core_count
 from hrm.errors import InvalidValue
 from simulator.task import LANES, OPS, Lane, Op, Schedule
 
@@ -31,9 +33,14 @@ _COMPUTE_NICENESS = 10
 _GPU_LANES = (Lane.GPU, Lane.H2D, Lane.D2H)
 
 
-def lane_threads() -> dict[Lane, int]:
-    """Threads that each lane's kernels may use on a machine without a GPU: half the cores each."""
-    half = max(1, (os.cpu_count() or 2) // 2)
+def lane_threads(*, cuda: bool = False) -> dict[Lane, int]:
+    """Threads that each lane's host kernels may use; without a GPU, half the cores for each compute lane."""
+    cores = core_count()
+    if cuda:
+        # The three stream lanes only launch; staging wants a few cores, attention the rest.
+        staging = max(1, cores // 4)
+        return {Lane.GPU: 1, Lane.CPU: max(1, cores - staging - 2), Lane.H2D: 1, Lane.D2H: 1, Lane.PIN: staging}
+    half = max(1, cores // 2)
     return {Lane.GPU: half, Lane.CPU: half, Lane.H2D: 1, Lane.D2H: 1, Lane.PIN: 1}
 
 
@@ -45,7 +52,8 @@ def yield_to_copies(lane: Lane) -> None:
     if lane in (Lane.GPU, Lane.CPU, Lane.PIN):
         # Threads that are refused a lower priority (no such call on this system) run as they are.
         with contextlib.suppress(OSError, AttributeError):
-            os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), _COMPUTE_NICENESS)
+            nice = os.getpriority(os.PRIO_PROCESS, 0) + _COMPUTE_NICENESS
+            os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), min(19, nice))
 
 
 class PacedLink:
@@ -91,6 +99,12 @@ class PacedLink:
         # A late wake-up is not the link's time; a copy that could not keep the pace is.
         due, now = begin + size * width / self.bandwidth, time.perf_counter()
         self._free_at = due if now - due < _WAKE_UP_SLACK_S else now
+
+
+@lru_cache(maxsize=8)
+def _streams(device: torch.device) -> dict[Lane, Any]:
+    """One stream per GPU lane for the whole process: the allocator keeps freed memory per stream."""
+    return {lane: torch.cuda.Stream(device) for lane in _GPU_LANES}
 
 
 class _Failure:
@@ -147,9 +161,9 @@ def run_lanes(
     start, end = [0.0] * n, [0.0] * n
     marks: list[tuple[Any, Any] | None] = [None] * n
     failure = _Failure()
-    threads_of = lane_threads()
+    threads_of = lane_threads(cuda=cuda)
     gate = threading.Barrier(sum(1 for lane in LANES if len(schedule.lane_tasks(lane))) + 1)
-    streams = {lane: torch.cuda.Stream(device) for lane in _GPU_LANES} if cuda else {}
+    streams = _streams(device) if cuda else {}
     origin: Any = None
 
     def host_task(task: int, handler: Handler) -> None:
@@ -185,11 +199,14 @@ def run_lanes(
     def work(lane: Lane) -> None:
         try:
             if not cuda:
-                torch.set_num_threads(threads_of[lane])
                 yield_to_copies(lane)
+            # The first torch call of a thread takes over the count that any thread set last; after the
+            # gate every lane has made it, and each one's own count holds.
+            torch.get_num_threads()
             stream = streams.get(lane)
             with torch.inference_mode(), torch.cuda.stream(stream):
                 gate.wait()
+                torch.set_num_threads(threads_of[lane])
                 for task in schedule.lane_tasks(lane).tolist():
                     handler = handlers[OPS[ops[task]]]
                     if stream is None:
@@ -202,12 +219,12 @@ def run_lanes(
                         signal[task].set()
                     if on_done:
                         on_done(OPS[ops[task]], steps[task])
-                if stream is not None:
-                    stream.synchronize()
         except BaseException as error:
             failure.set(error)
             gate.abort()
         finally:
+            if streams.get(lane) is not None:
+                streams[lane].synchronize()  # nothing may still use buffers that the caller drops
             if failure.error is not None:
                 for event in signal.values():
                     event.set()

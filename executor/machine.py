@@ -11,7 +11,14 @@ from typing import Any
 
 import torch
 
-__all__ = ["OtherLoad", "machine_facts", "ram_bytes"]
+__all__ = ["OtherLoad", "core_count", "machine_facts", "ram_bytes"]
+
+
+def core_count() -> int:
+    """Cores that this process may run on."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
 
 
 def ram_bytes() -> int:
@@ -38,7 +45,7 @@ def machine_facts() -> dict[str, Any]:
         pass
     facts: dict[str, Any] = {
         "cpu": name,
-        "cores": os.cpu_count(),
+        "cores": core_count(),
         "memory_bytes": ram_bytes(),
         "system": f"{platform.system()} {platform.release()}",
         "python": platform.python_version(),

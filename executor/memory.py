@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
@@ -59,7 +60,7 @@ class DeviceMemory:
         copy = self.empty(name, tuple(tensor.shape), tensor.dtype)
         return copy.copy_(tensor)
 
-    def release(self, names: list[str]) -> None:
+    def release(self, names: Iterable[str]) -> None:
         """Give back what was counted under `names`."""
         for name in names:
             self.items.pop(name, None)

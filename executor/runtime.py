@@ -20,7 +20,10 @@ from simulator.costs import task_work
 from simulator.task import Op, Schedule
 from simulator.timeline import Timeline
 
-__all__ = ["BatchRun", "execute"]
+__all__ = ["BATCH_ITEMS", "BatchRun", "execute"]
+
+BATCH_ITEMS = ("hidden_states", "token_ids", "decode_slots", "prefill_slots", "workspace")
+"""Names under which a batch takes device memory; given back when it ends."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -129,10 +132,6 @@ class BatchRun:
             Op.POST_ATTN: self.post_attention,
             Op.SAMPLE: self.sample,
         }
-
-    def release(self) -> None:
-        """Give the batch's device memory back."""
-        self.memory.release(["hidden_states", "token_ids", "decode_slots", "prefill_slots", "workspace"])
 
     # -- transfers ---------------------------------------------------------------------------------
 

@@ -174,6 +174,7 @@ class Results:
                     f"{str(path)!r} exists and is not empty; add --resume to go on with it, or name another --out."
                 )
             self._take_up(path)
+        self._path = path
         self._file = path.open("a", encoding="utf-8")
 
     def _take_up(self, path: Path) -> None:
@@ -204,3 +205,5 @@ class Results:
 
     def __exit__(self, *_: object) -> None:
         self._file.close()
+        if not self._path.stat().st_size:
+            self._path.unlink()  # a run that was refused leaves nothing behind

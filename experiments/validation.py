@@ -1,8 +1,9 @@
 """Predicted against measured on this machine: probe, plan, simulate and run a set of cases.
 
-Every prediction is made before its run, from probe constants alone. The probe is repeated right before
-each case, because shared machines change speed from minute to minute; a case during which others took
-the processor, or after which the probe finds another machine than before, is run again.
+Every prediction is made before its run, from probe constants alone. Kernels and copies are timed again
+right before each case (what lanes cost each other is measured once, at the start), because shared
+machines change speed from minute to minute. A case during which others took the processor, or after
+which the probe finds another machine than before, is run again.
 """
 
 from __future__ import annotations
@@ -94,7 +95,7 @@ def run_validation(
     cases = list(validation_cases(chosen.policy, chosen.workload.gen_len, lens, pace, target.type == "cuda"))
     if quick:
         cases = [case for case in cases if case.name in QUICK]
-    kept = _Kept(out / "cases.partial.jsonl", {"checkpoint": str(checkpoint), "device": str(target)})
+    kept = _Kept(out / "cases.partial.jsonl", _conditions(checkpoint, device_memory, pace, machine))
     patience = _PATIENCE_QUICK if quick else _PATIENCE
     rows = []
     for number, case in enumerate(cases, start=1):
@@ -127,6 +128,13 @@ def run_validation(
     return result
 
 
+def _conditions(checkpoint: Path, device_memory: int | None, pace: float | None, machine: Hardware) -> dict[str, str]:
+    """What two runs must share for the cases of one to count in the other."""
+    facts = ("cpu", "gpu", "cores", "python", "torch", "transformers")
+    given = {"checkpoint": checkpoint.resolve(), "device_memory": device_memory, "link": pace}
+    return {key: str(value) for key, value in (given | {k: machine.facts.get(k) for k in facts}).items()}
+
+
 def _say(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
 
@@ -156,7 +164,7 @@ def _plan(model: MoEModel, machine: Hardware, device_memory: int | None, pace: f
         gen_len=16,
     )
     here = machine.with_capacity(gpu_bytes=device_memory).with_link(pace)
-    return plan(model, here, workload, max_batch_size=96)
+    return plan(model, here, workload, num_requests=96)
 
 
 def _validate(

@@ -138,8 +138,8 @@ class Rates:
     """Seconds that every kernel costs at least (launch, or operator dispatch)."""
     cpu_attention: Curve
     """Bytes/s at which decode attention on the CPU reads the KV cache."""
-    cpu_attention_flops: float
-    """FLOP/s roof of decode attention on the CPU."""
+    cpu_attention_flops: float | None = None
+    """FLOP/s roof of decode attention on the CPU; None where only its KV traffic was measured."""
     cpu_task_s: float = 0.0
     """Seconds that a CPU attention call costs beside its KV traffic."""
     h2d_bandwidth: float

@@ -43,6 +43,8 @@ def operator_seconds(op: Operator, rates: Rates) -> Any:
     """
     if op.kind == "attention":
         memory = op.kv_bytes / rates.cpu_attention.at(op.rows)
+        if rates.cpu_attention_flops is None:
+            return memory
         return np.maximum(op.flops / rates.cpu_attention_flops, memory)
     launch = op.launches * rates.gpu_launch_s
     memory = op.bytes / rates.gpu_bandwidth
@@ -99,6 +101,12 @@ class TaskTimes:
         """A transfer of `size` bytes to the host."""
         return self.rates.task_s + self.rates.transfer_s + size / self.rates.d2h_bandwidth
 
+    def offload_kv(self, hidden: Any, kv: Any) -> Any:
+        """Prompt hidden states and KV to the host, where a copy scatters the KV into the cache."""
+        transfers = np.where(np.asarray(hidden) > 0, 2, 1) * self.rates.transfer_s
+        link = (hidden + kv) / self.rates.d2h_bandwidth
+        return self.rates.task_s + transfers + link + kv / self.rates.staging_bandwidth
+
     def staging(self, size: Any) -> Any:
         """A copy of `size` bytes from pageable to pinned memory."""
         return self.rates.task_s + size / self.rates.staging_bandwidth
@@ -145,6 +153,16 @@ class Estimate:
         return max(self.terms, key=lambda key: float(self.terms[key]))
 
 
+def _copy_passes(rates: Rates) -> int:
+    """Times that a byte over the link passes CPU memory: a copy by a core reads and writes it there."""
+    return 1 if rates.copy_bandwidth is None else 2
+
+
+def _staged_passes(rates: Rates) -> int:
+    """Times that a streamed byte passes CPU memory: read and written for staging, then the link's."""
+    return 2 + _copy_passes(rates)
+
+
 def layer_terms(
     times: TaskTimes, *, micro_batch_size: Any, num_micro_batches: Any, context: Any, weights_on_gpu: Any
 ) -> dict[str, Any]:
@@ -170,8 +188,12 @@ def layer_terms(
         "CPU attention": g * attention,
         "staging copy": streamed / rates.staging_bandwidth,
         "pipeline latency": g * (pre + down + attention + up + post) / np.minimum(LOOKAHEAD, g),
-        # Each streamed byte is read and written for staging and read once more by the transfer.
-        "CPU memory": (3 * streamed + g * mu * context * model.kv_token_bytes) / rates.dram_bandwidth,
+        "CPU memory": (
+            _staged_passes(rates) * streamed
+            + _copy_passes(rates) * g * (qkv + attended)
+            + g * mu * context * model.kv_token_bytes
+        )
+        / rates.dram_bandwidth,
     }
     if rates.cores is not None:
         copies = times.copy_core_seconds(streamed + g * (qkv + attended))
@@ -191,8 +213,12 @@ def prefill_seconds(
     compute = times.prefill(tokens, mu * s * (s + 1) / 2, s)
     hidden, kv = tokens * model.hidden_bytes, tokens * model.kv_token_bytes
     up = streamed / rates.h2d_bandwidth + g * times.h2d(hidden)
-    down = g * times.d2h(hidden + kv)
-    layer = np.maximum(np.maximum(up, down), g * compute)
+    down = g * times.offload_kv(hidden, kv)
+    # Staged bytes are read, written and read again; prompt states and KV are written and read.
+    traffic = _staged_passes(rates) * streamed + g * (2 * hidden + 3 * kv)
+    layer = np.maximum.reduce(
+        np.broadcast_arrays(up, down, g * compute, streamed / rates.staging_bandwidth, traffic / rates.dram_bandwidth)
+    )
     if rates.cores is not None:
         copies = times.copy_core_seconds(streamed + g * (2 * hidden + kv)) + streamed / rates.staging_bandwidth
         layer = np.maximum(layer, (g * compute + copies) / rates.cores.peak)

@@ -212,7 +212,7 @@ def prefill_layer(model: MoEModel, tokens: Number, pairs: Number, longest: Numbe
 
 
 def sampling(model: MoEModel, tokens: Number) -> list[Operator]:
-    """Final norm, LM head and arg-max of `tokens` sequences, and the embedding of what they chose."""
+    """Final norm, LM head and arg-max of `tokens` sequences."""
     return [
         _norm(model, tokens, "final_norm"),
         _gemm(model, tokens, model.hidden_size, model.vocab_size, "lm_head"),

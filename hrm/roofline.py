@@ -140,8 +140,10 @@ def physical_bound(
         gpu_flops / peak,
         layers * steps * active / max(rates.gpu_bandwidth, peak / 2),
         kv_read / max(rates.cpu_attention.peak, rates.dram_bandwidth),
-        kv_read * 2 * model.num_heads / model.num_kv_heads / model.dtype_bytes / rates.cpu_attention_flops,
     ]
+    if rates.cpu_attention_flops is not None:
+        per_byte = 2 * model.num_heads / model.num_kv_heads / model.dtype_bytes
+        seconds.append(kv_read * per_byte / rates.cpu_attention_flops)
     if rates.cores is not None:
         seconds.append((gpu_flops / peak + kv_read / rates.cpu_attention.peak) / rates.cores.peak)
     return batch_size * gen_len / max(seconds)

@@ -142,6 +142,9 @@ def schedule_costs(
     up, down, staging = _any(schedule, _UP), _any(schedule, _DOWN), schedule.mask(Op.STAGE_W)
     seconds[up], seconds[down] = times.h2d(moved[up]), times.d2h(moved[down])
     seconds[staging] = times.staging(moved[staging])
+    offload = schedule.mask(Op.OFFLOAD_KV)
+    kv = (tokens * model.kv_token_bytes)[schedule.part[offload]]
+    seconds[offload] = times.offload_kv(moved[offload] - kv, kv)
     attention = schedule.mask(Op.CPU_ATTN)
     part = schedule.part[attention]
     context = _cached_tokens(schedule, batch)[attention]

@@ -93,7 +93,7 @@ def test_device_memory_stays_in_its_budget(tiny: Checkpoint, share: float) -> No
     budget = int(batch_footprint(tiny.model, shape, share).gpu_bytes) + 1
     result = generate(tiny, prompts, gen_len=3, policy=policy, device="cpu", device_memory=budget)
     assert 0.98 * budget <= result.peak_memory["device_bytes"] <= budget
-    with pytest.raises(DoesNotFit, match=r"budget are taken\. Raise --device-memory"):
+    with pytest.raises(DoesNotFit, match=r"the budget is .*\. Raise --device-memory"):
         generate(tiny, prompts, gen_len=3, policy=policy, device="cpu", device_memory=int(0.95 * budget))
 
 
@@ -173,3 +173,32 @@ def test_tokens_equal_transformers_on_cuda(tiny: Checkpoint, reference: Referenc
     prompts, gen_len, policy = random_case(seed)
     result = generate(tiny, prompts, gen_len=gen_len, policy=policy, device="cuda")
     assert result.outputs == reference(prompts, gen_len)
+
+
+def test_a_later_batch_that_does_not_fit_is_refused_at_once(tiny: Checkpoint) -> None:
+    """All batches are checked before the first is run; none of them is answered."""
+    prompts = [[1], [2], [1] * 60, [2] * 60]
+    policy = Policy(batch_size=2, micro_batch_size=1)
+    answered: list[object] = []
+    small = int(batch_footprint(tiny.model, BatchShape.uniform(2, 1, 20, 2), 0.0).gpu_bytes)
+    with pytest.raises(DoesNotFit, match="batch 2 of 2"):
+        generate(tiny, prompts, gen_len=2, policy=policy, device="cpu", device_memory=small, on_batch=answered.append)
+    assert answered == []
+
+
+def test_a_refused_batch_gives_its_memory_back(tiny: Checkpoint) -> None:
+    """After a batch that the budget refuses, the executor has what it had before."""
+    policy = Policy(batch_size=2, micro_batch_size=1)
+    room = int(batch_footprint(tiny.model, BatchShape.uniform(2, 1, 8, 2), 0.0).gpu_bytes)
+    executor = Executor(tiny, policy, max_tokens=64, device=pick_device("cpu"), device_memory=room + 20000)
+    before = executor.memory.used
+    with pytest.raises(DoesNotFit):
+        executor.run_batch([[[1] * 60], [[2] * 60]], 2)
+    assert executor.memory.used == before
+    executor.run_batch([[[1, 2]], [[3]]], 2)
+
+
+def test_a_machine_of_another_kind_is_refused(tiny: Checkpoint) -> None:
+    """The planner is not asked with a GPU machine's file for a run on the CPU."""
+    with pytest.raises(InvalidValue, match="describes a machine with a GPU"):
+        generate(tiny, [[1]], gen_len=2, hardware=Hardware.from_catalog("gcp-l4-1x"), device="cpu")

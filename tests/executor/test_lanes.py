@@ -8,11 +8,12 @@ import time
 import pytest
 import torch
 
-from executor.lanes import PacedLink, run_lanes
+from executor import lanes as lanes_module
+from executor.lanes import Handler, PacedLink, run_lanes
 from executor.machine import OtherLoad, machine_facts
 from hrm.errors import InvalidValue
 from simulator.schedules import cgopipe
-from simulator.task import Op
+from simulator.task import Lane, Op
 
 CPU = torch.device("cpu")
 
@@ -88,3 +89,25 @@ def test_other_load_and_facts() -> None:
         sum(range(10000))
     assert 0 <= load.share <= 1
     assert {"cpu", "cores", "memory_bytes", "torch", "transformers", "python", "date"} <= set(machine_facts())
+
+
+def test_each_lane_has_its_own_number_of_threads(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Inside a task, kernels use the lane's threads, whatever other lanes set."""
+    wanted = {Lane.GPU: 3, Lane.CPU: 2, Lane.H2D: 1, Lane.D2H: 1, Lane.PIN: 1}
+    monkeypatch.setattr(lanes_module, "lane_threads", lambda **_: wanted)
+    schedule = cgopipe(num_layers=2, num_micro_batches=2, decode_steps=1)
+    seen: dict[Op, set[int]] = {op: set() for op in Op}
+
+    def note(op: Op) -> Handler:
+        def run(step: int, layer: int, part: int, ready: float) -> None:
+            torch.ones(4).sum()
+            seen[op].add(torch.get_num_threads())
+
+        return run
+
+    before = torch.get_num_threads()
+    try:
+        run_lanes(schedule, {op: note(op) for op in Op}, device=CPU)
+    finally:
+        torch.set_num_threads(before)
+    assert dict(seen.items()) == {op: {wanted[op.lane]} for op in Op}

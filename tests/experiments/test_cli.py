@@ -424,7 +424,7 @@ def test_policy_is_planned_from_a_hardware_file(hrm: Any, checkpoint: Path) -> N
     """Without policy options the planner decides, here for a machine of the catalog."""
     done = hrm(
         "run", "--checkpoint", checkpoint, "--random-prompts", "4,6", "--gen-len", 2,
-        "--hardware", "gcp-l4-1x", "--device", "cpu", "--link-bandwidth", "none", "--json",
+        "--hardware", "cpu-2core", "--device", "cpu", "--link-bandwidth", "none", "--json",
     )  # fmt: skip
     assert done.code == 0, done.err
     assert json.loads(done.out)["policy"]["batch_size"] <= 4

@@ -62,7 +62,7 @@ def test_layer_terms_by_hand() -> None:
     assert terms["link (GPU to CPU)"] == pytest.approx(200 * (4096 + 2048) * 2 / 16e9)
     assert terms["CPU attention"] == pytest.approx(200 * 300 * 4096 / 100e9)
     assert terms["staging copy"] == pytest.approx(streamed / 50e9)
-    assert terms["CPU memory"] == pytest.approx((3 * streamed + 200 * 300 * 4096) / 100e9)
+    assert terms["CPU memory"] == pytest.approx((3 * streamed + 200 * (2 * 4096 + 2048) * 2 + 200 * 300 * 4096) / 100e9)
 
 
 def run(rates: Rates, *, mu=64, g=8, prompt=100, gen_len=32, r_w=0.1):
