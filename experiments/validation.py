@@ -13,6 +13,7 @@ import math
 import os
 import shlex
 import statistics
+import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping
@@ -121,11 +122,23 @@ def run_validation(
         "machine": {**machine.facts, "roofline": roofs(machine)},
         "plan": chosen.to_dict(),
         "command": "hrm " + shlex.join(sys.argv[1:]),
+        "commit": _commit(),
         "files": sorted(str(p) for p in out.glob("*.*") if p.suffix in (".json", ".png", ".csv")),
     }
     write(result, out)
     kept.finish()
     return result
+
+
+def _commit() -> str | None:
+    """The commit of the checkout that this code lies in, marked if files differ from it; None without one."""
+    git = ["git", "-C", str(Path(__file__).parent)]
+    try:
+        commit = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True, check=True)
+        changed = subprocess.run([*git, "status", "--porcelain"], capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return commit.stdout.strip() + ("-dirty" if changed.stdout.strip() else "")
 
 
 def _conditions(checkpoint: Path, device_memory: int | None, pace: float | None, machine: Hardware) -> dict[str, str]:
