@@ -1,0 +1,73 @@
+"""A validation end to end on the tiny model: files, consistency, and going on after a kill."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytest.importorskip("torch")
+
+from executor import bench as bench_module
+from executor import probe as probe_module
+from executor.checkpoint import make_checkpoint
+from experiments import validation
+from experiments.validation_cases import Case
+from hrm.catalog import model_config
+from simulator import Timeline
+
+
+@pytest.fixture
+def short_probe(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Real measurements, but few and on little memory; one try per case, no waiting."""
+    monkeypatch.setattr(probe_module, "_PASSES", 1)
+    monkeypatch.setattr(bench_module, "_COLD_BYTES", 16 * 2**20)
+    monkeypatch.setattr(bench_module, "_TIME_PER_POINT", 0.001)
+    monkeypatch.setattr(validation, "_MOST_TRIES", 1)
+    monkeypatch.setattr(validation, "_PATIENCE_QUICK", 0)
+
+
+def test_quick_validation_and_going_on_after_a_kill(
+    tmp_path: Path, short_probe: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A run that dies after its first case goes on with the second, and leaves whole, consistent results."""
+    checkpoint = make_checkpoint(model_config("mixtral-tiny"), tmp_path / "tiny")
+    out = tmp_path / "out"
+    tried: list[str] = []
+    run_case = validation._validate
+
+    def dying(case: Case, *rest: Any) -> dict[str, Any]:
+        if tried:
+            raise KeyboardInterrupt
+        tried.append(case.name)
+        return run_case(case, *rest)
+
+    monkeypatch.setattr(validation, "_validate", dying)
+    with pytest.raises(KeyboardInterrupt):
+        validation.run_validation(checkpoint=checkpoint, quick=True, device="cpu", out=out)
+    assert tried == ["planned"] and not (out / "validation.json").exists()
+
+    def noting(case: Case, *rest: Any) -> dict[str, Any]:
+        tried.append(case.name)
+        return run_case(case, *rest)
+
+    monkeypatch.setattr(validation, "_validate", noting)
+    result = validation.run_validation(checkpoint=checkpoint, quick=True, device="cpu", out=out)
+    assert tried == ["planned", "slow link", "streaming"]
+    assert not (out / "cases.partial.jsonl").exists()
+    for row in result["cases"]:
+        assert row["error"] == pytest.approx(row["predicted_tok_s"] / row["measured_tok_s"] - 1)
+        assert row["peak_memory"]["device_bytes"] <= row["device_budget_bytes"]
+    errors = [abs(row["error"]) for row in result["cases"]]
+    assert result["mean_abs_error"] == pytest.approx(sum(errors) / 3)
+    assert result["worst_abs_error"] == max(errors)
+    assert json.loads((out / "validation.json").read_text())["cases"] == result["cases"]
+    predicted, measured = (Timeline.load(out / f"{name}.json") for name in ("predicted", "measured"))
+    assert predicted.schedule == measured.schedule
+    assert (predicted.source, measured.source) == ("simulated", "measured")
+    for name in ("gantt.png", "predicted_vs_measured.png", "predicted.trace.json", "machine.json", "cases.csv"):
+        assert (out / name).stat().st_size > 0
+    text = validation.render(result)
+    assert "mean absolute error" in text and "slow link" in text
