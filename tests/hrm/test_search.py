@@ -172,7 +172,8 @@ def test_models_of_few_layers_are_planned(layers: int, gpu_gb: int) -> None:
 @pytest.mark.filterwarnings("error::RuntimeWarning")
 def test_planning_two_layers_warns_of_nothing() -> None:
     """A model of two layers, whose GPU memory does not depend on r_w, is planned without a numpy warning."""
-    plan(replace(MIXTRAL, num_layers=2), L4, Workload.parse("77,32"))
+    found = plan(replace(MIXTRAL, num_layers=2), L4, Workload.parse("77,32"))
+    assert found.policy.weights_on_gpu == 1
 
 
 def test_planning_is_deterministic() -> None:
@@ -268,7 +269,8 @@ def test_a_plan_at_the_edge_of_cpu_memory_still_fits() -> None:
     per_byte = usable_bytes(L4)[1] / float(L4.cpu.capacity)
     edge = L4.with_capacity(cpu_bytes=math.ceil(need(most - 1e-8).cpu_bytes / per_byte))
     found = plan(MIXTRAL, edge, workload, max_batch_size=1)
-    evaluate(MIXTRAL, edge, workload, found.policy)
+    again = evaluate(MIXTRAL, edge, workload, found.policy)
+    assert float(again.memory.cpu_bytes) <= usable_bytes(edge)[1]
 
 
 def test_the_footprint_covers_the_heaviest_micro_batch() -> None:
