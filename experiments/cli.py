@@ -13,13 +13,12 @@ import click
 from experiments.listing import hardware_command, models_command, workloads_command
 from experiments.options import (
     FIGURES,
-    PACED_LINK,
-    Bandwidth,
     Capacity,
     OutFile,
     executor_needed,
     json_option,
     make_plan,
+    paced_link_option,
     plan_options,
 )
 from experiments.output import emit, percentages, save_figure, table
@@ -276,13 +275,7 @@ def compare_command(predicted: Path, measured: Path, out: Path | None, as_json: 
 )
 @click.option("--device", type=click.Choice(["cuda", "cpu"]), help="Default: CUDA where there is one.")
 @click.option("--device-memory", type=Capacity(), help="Use this much GPU memory, e.g. 16GiB.")
-@click.option(
-    "--link-bandwidth",
-    type=Bandwidth(),
-    default=PACED_LINK,
-    show_default=True,
-    help="Pace of the link on a CPU.",
-)
+@paced_link_option
 @click.option(
     "--out",
     type=click.Path(file_okay=False, path_type=Path),

@@ -27,6 +27,7 @@ __all__ = [
     "executor_needed",
     "json_option",
     "make_plan",
+    "paced_link_option",
     "plan_options",
     "policy_of",
     "policy_options",
@@ -121,6 +122,13 @@ def _stack(*decorators: Decorator) -> Decorator:
     return apply
 
 
+paced_link_option = click.option(
+    "--link-bandwidth",
+    type=Bandwidth(),
+    default=PACED_LINK,
+    show_default=True,
+    help="Pace of the link on a CPU.",
+)
 json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON object, in SI units.")
 
 _SWITCH = click.IntRange(0, 1)

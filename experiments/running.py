@@ -10,13 +10,12 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from experiments.options import (
-    PACED_LINK,
-    Bandwidth,
     Capacity,
     NumberPair,
     OutFile,
     executor_needed,
     json_option,
+    paced_link_option,
     policy_of,
     policy_options,
 )
@@ -82,7 +81,8 @@ def probe_command(model: str, device: str | None, out: Path | None, as_json: boo
             ["hand-over between lanes", format_seconds(rates.task_s)],
         ]
         if rates.cores is not None:
-            rows.append(["lanes at once on these cores", f"{rates.cores:.2f}"])
+            wanted, done = rates.cores.points[-1]
+            rows.append(["lanes at once on these cores", f"{done:.2f} lanes' work when {wanted:g} are wanted"])
         written = f"\nwritten to {out}" if out else ""
         return f"{machine}\n{table(['measured', ''], rows)}{written}"
 
@@ -182,13 +182,7 @@ def make_checkpoint_command(
 @click.option("--hardware", metavar="FILE", help="Choose the policy for this machine (default: probe it).")
 @_DEVICE
 @click.option("--device-memory", type=Capacity(), help="Budget on the device, e.g. 16GiB.")
-@click.option(
-    "--link-bandwidth",
-    type=Bandwidth(),
-    default=PACED_LINK,
-    show_default=True,
-    help="Pace of the link on a CPU.",
-)
+@paced_link_option
 @click.option("--out", type=OutFile(), help="Append one JSON line per request.")
 @click.option("--resume", is_flag=True, help="Skip the ids that --out has already.")
 @click.option("--trace", type=OutFile(), help="Write the first batch's trace for ui.perfetto.dev.")

@@ -276,7 +276,7 @@ def plan(
     )
     score = result.throughput
     if num_requests is not None:
-        full, rest = np.divmod(num_requests, mu * g)
+        whole_batches, rest = np.divmod(num_requests, mu * g)
         last = estimate(
             model,
             rates,
@@ -286,7 +286,8 @@ def plan(
             gen_len=workload.gen_len,
             weights_on_gpu=r_w,
         )
-        seconds = full * (result.prefill_s + result.decode_s) + (rest > 0) * (last.prefill_s + last.decode_s)
+        seconds = whole_batches * (result.prefill_s + result.decode_s)
+        seconds = seconds + (rest > 0) * (last.prefill_s + last.decode_s)
         score = num_requests * workload.gen_len / seconds
     # Ties go to the smaller batch, then to fewer micro-batches: less memory for the same speed.
     order = np.lexsort((g, mu * g, -np.round(score, 9)))

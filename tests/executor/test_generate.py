@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
 
-from executor.checkpoint import Checkpoint
+from executor.checkpoint import Checkpoint, make_checkpoint
 from executor.generate import Executor, generate, pick_device
 from hrm import BatchShape, Hardware, Policy, micro_batches
+from hrm.catalog import model_config
 from hrm.errors import DoesNotFit, InvalidValue, NotBuiltYet
 from hrm.memory import batch_footprint
 from simulator import build_schedule
@@ -202,3 +204,17 @@ def test_a_machine_of_another_kind_is_refused(tiny: Checkpoint) -> None:
     """The planner is not asked with a GPU machine's file for a run on the CPU."""
     with pytest.raises(InvalidValue, match="describes a machine with a GPU"):
         generate(tiny, [[1]], gen_len=2, hardware=Hardware.from_catalog("gcp-l4-1x"), device="cpu")
+
+
+def test_bfloat16_tokens_do_not_depend_on_where_weights_lie(tmp_path: Path) -> None:
+    """In bfloat16, streamed and resident experts give the same tokens, uneven prompts included."""
+    path = make_checkpoint(model_config("mixtral-tiny"), tmp_path / "bf16", dtype="bfloat16")
+    prompts = random_prompts(random.Random(9), 6, 12)
+    streamed, resident = (
+        generate(str(path), prompts, gen_len=4, device="cpu", policy=policy).outputs
+        for policy in (
+            Policy(batch_size=6, micro_batch_size=3),
+            Policy(batch_size=6, micro_batch_size=3, weights_on_gpu=1.0),
+        )
+    )
+    assert streamed == resident and all(len(ids) == 4 for ids in streamed)

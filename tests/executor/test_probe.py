@@ -10,6 +10,7 @@ import torch
 from executor import bench as bench_module
 from executor import probe as probe_module
 from executor.probe import Prober
+from experiments.cli import main
 from hrm import Hardware, MoEModel, Workload, plan
 
 
@@ -34,3 +35,16 @@ def test_probe_measures_and_round_trips(tmp_path: Path, monkeypatch: pytest.Monk
     assert plan(model, again.with_link(1e9), Workload.uniform(8, 4)).policy.batch_size >= 1
     fresh = prober.refresh(passes=1).rates()
     assert fresh.cores == rates.cores and fresh.gpu_gemm != rates.gpu_gemm
+
+
+def test_probe_command_prints_and_writes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """`hrm probe` prints a readable table and writes a file that loads."""
+    monkeypatch.setattr(probe_module, "_PASSES", 1)
+    monkeypatch.setattr(bench_module, "_COLD_BYTES", 16 * 2**20)
+    monkeypatch.setattr(bench_module, "_TIME_PER_POINT", 0.001)
+    out = tmp_path / "here.json"
+    assert main(["probe", "--model", "mixtral-tiny", "--device", "cpu", "--out", str(out)]) == 0
+    assert "lanes at once" in capsys.readouterr().out
+    assert Hardware.from_file(out).rates().provenance == "measured"
