@@ -349,16 +349,23 @@ class Bench:
         attention = curve("attention", self.attention_bytes, minus=per_call)
         copy = _PIECE / spent["staging", 0]
         read = self.pool.nbytes / spent["read", 0]
+        host_flops = 2.0 * _HOST_ROWS * m.hidden_size * m.q_size / spent["host gemm", 0]
+        bandwidth = max(read, gemm.points[0][1] * m.dtype_bytes / 2)
         rates = Rates(
             provenance="measured",
             source=f"hrm probe, shapes of {m.name} in {m.dtype}",
             gpu_gemm=gemm,
             gpu_experts=experts,
             gpu_attention=curve("causal", self.causal_flops),
-            gpu_bandwidth=max(read, gemm.points[0][1] * m.dtype_bytes / 2),
+            gpu_bandwidth=bandwidth,
+            # No schedule of the executor attends on the GPU or computes experts on the host yet; these are
+            # the nearest calls that are timed.
+            gpu_decode_attention=Curve.constant(bandwidth) if self.cuda else attention,
+            cpu_experts=Curve.constant(host_flops) if self.cuda else experts,
+            cpu_weight_bandwidth=attention.peak if self.cuda else bandwidth,
             gpu_launch_s=spent["dispatch", 0] / launches,
             cpu_attention=attention,
-            cpu_attention_flops=2.0 * _HOST_ROWS * m.hidden_size * m.q_size / spent["host gemm", 0],
+            cpu_attention_flops=host_flops,
             cpu_task_s=per_call,
             h2d_bandwidth=_PIECE / spent["h2d", 0] if self.cuda else copy,
             d2h_bandwidth=_PIECE / spent["d2h", 0] if self.cuda else copy,

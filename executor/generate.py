@@ -23,7 +23,7 @@ from hrm.policy import Policy
 from hrm.search import plan
 from hrm.units import format_bytes
 from hrm.workload import Workload
-from simulator.schedules import build_schedule, check_buildable
+from simulator.schedules import RUNNABLE, build_schedule, check_buildable
 from simulator.task import Op
 from simulator.timeline import Timeline
 
@@ -391,6 +391,6 @@ def auto_policy(
         prompt_lens=tuple(sorted(prompt_lens, reverse=True)),
     )
     try:
-        return plan(checkpoint.model, machine, workload, num_requests=len(prompt_lens)).policy
+        return plan(checkpoint.model, machine, workload, num_requests=len(prompt_lens), **RUNNABLE).policy
     except HrmError as error:
         raise type(error)(f"no policy found: {error}") from None

@@ -209,6 +209,7 @@ def simulate_command(
         plan.policy,
         _batch_of(plan),
         system=options["system"],
+        num_gpus=plan.hardware.num_gpus,
         exact=True if exact else None,
     )
     if trace:

@@ -29,6 +29,7 @@ from hrm.errors import HrmError
 from hrm.memory import batch_footprint
 from simulator import Prediction, Timeline, simulate
 from simulator.gantt import gantt_pair
+from simulator.schedules import RUNNABLE
 
 __all__ = ["render", "run_validation"]
 
@@ -181,7 +182,7 @@ def _plan(model: MoEModel, machine: Hardware, device_memory: int | None, pace: f
         gen_len=16,
     )
     here = machine.with_capacity(gpu_bytes=device_memory).with_link(pace)
-    return plan(model, here, workload, num_requests=96)
+    return plan(model, here, workload, num_requests=96, **RUNNABLE)
 
 
 def _validate(

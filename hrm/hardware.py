@@ -37,6 +37,9 @@ class Quantity:
     value: float
     provenance: Provenance = "spec"
     source: str = ""
+    measured: float | None = None
+    """What somebody published as measured, for comparison; nothing is computed from it."""
+    measured_source: str = ""
 
     def __float__(self) -> float:
         return float(self.value)
@@ -84,6 +87,10 @@ class Curve:
         (x0, y0), (x1, y1) = points[i - 1], points[i]
         return y0 + (y1 - y0) * (size - x0) / (x1 - x0)
 
+    def scaled(self, factor: float) -> Curve:
+        """The curve with every rate multiplied."""
+        return Curve(tuple((x, y * factor) for x, y in self.points))
+
     @property
     def peak(self) -> float:
         """Highest rate of the curve."""
@@ -92,7 +99,7 @@ class Curve:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MemoryLevel:
-    """One memory and the processor beside it (level i of the HRM)."""
+    """One memory and the processor beside it (level i of the HRM); of a GPU level, one of its GPUs."""
 
     name: str
     """"gpu" or "cpu" (later "disk")."""
@@ -108,7 +115,10 @@ class MemoryLevel:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Link:
-    """A one-way connection between two memory levels."""
+    """A one-way connection between two memory levels.
+
+    Between host and GPUs it is the sum over all GPUs; from "gpu" to "gpu" what one GPU sends to its peers.
+    """
 
     source: str
     target: str
@@ -120,6 +130,7 @@ class Link:
 class Rates:
     """What kernels and copies attain on a machine: everything that turns work into seconds.
 
+    Rates of a GPU are those of one GPU of the machine; links are those of the whole node.
     Sizes of the curves: tokens per GEMM (`gpu_gemm`), tokens per active expert (`gpu_experts`), context
     (`cpu_attention`) and prompt length (`gpu_attention`) in tokens.
     """
@@ -134,18 +145,28 @@ class Rates:
     """FLOP/s of causal attention in prefill."""
     gpu_bandwidth: float
     """Bytes/s of the GPU's memory, for element-wise kernels and weight reads."""
+    gpu_decode_attention: Curve
+    """Bytes/s at which decode attention on the GPU reads the KV cache."""
     gpu_launch_s: float = 0.0
     """Seconds that every kernel costs at least (launch, or operator dispatch)."""
     cpu_attention: Curve
     """Bytes/s at which decode attention on the CPU reads the KV cache."""
     cpu_attention_flops: float | None = None
     """FLOP/s roof of decode attention on the CPU; None where only its KV traffic was measured."""
+    cpu_experts: Curve
+    """FLOP/s of the expert FFN on the CPU by tokens per active expert."""
+    cpu_weight_bandwidth: float
+    """Bytes/s at which experts on the CPU read their weights."""
     cpu_task_s: float = 0.0
     """Seconds that a CPU attention call costs beside its KV traffic."""
     h2d_bandwidth: float
     d2h_bandwidth: float
     transfer_s: float = 0.0
     """Seconds that every transfer costs beside its bytes."""
+    peer_bandwidth: float | None = None
+    """Bytes/s that one GPU sends to its peers; None on a machine with one GPU."""
+    peer_s: float = 0.0
+    """Seconds that every exchange between GPUs costs beside its bytes."""
     staging_bandwidth: float
     """Bytes/s of the copy from pageable to pinned memory, alone."""
     dram_bandwidth: float
@@ -154,6 +175,10 @@ class Rates:
     """Bytes/s of a copy on one core, where copies are made by a core (no GPU)."""
     task_s: float = 0.0
     """Seconds between a task's last dependency and its start (hand-over between lanes)."""
+    gpu_capacity: float | None = None
+    """Bytes of one GPU as the set's source counts them, where that is not the data sheet's figure."""
+    cpu_capacity: float | None = None
+    """Bytes of host memory, likewise."""
     cores: Curve | None = None
     """Lanes' worth of work done at once, by lanes' worth wanted, where lanes share cores; None with a GPU."""
 
@@ -198,6 +223,8 @@ class Hardware:
     """Rates by name of the set, without ``spec``."""
     facts: Mapping[str, Any] = field(default_factory=dict)
     """Where and when the file was made: host, versions, date, command."""
+    num_gpus: int = 1
+    """GPUs of the machine, all used together by tensor parallelism; `levels` hold the numbers of one."""
     shared_memory: bool = False
     """True where "GPU" and "CPU" memory are two heaps of the same RAM (a machine without a GPU)."""
 
@@ -209,6 +236,10 @@ class Hardware:
         for link in self.links:
             if link.source not in names or link.target not in names:
                 raise InvalidConfig(f"hardware {self.name!r} links unknown levels {link.source}->{link.target}.")
+        if not isinstance(self.num_gpus, int) or isinstance(self.num_gpus, bool) or self.num_gpus < 1:
+            raise InvalidConfig(f"'num_gpus' of hardware {self.name!r} must be an integer >= 1: {self.num_gpus!r}")
+        if self.num_gpus > 1 and self.peer is None:
+            raise InvalidConfig(f"hardware {self.name!r} has {self.num_gpus} GPUs and no link gpu->gpu.")
 
     def level(self, name: str) -> MemoryLevel:
         """The memory level called `name`."""
@@ -241,6 +272,11 @@ class Hardware:
         """GPU to CPU."""
         return self.link("gpu", "cpu")
 
+    @property
+    def peer(self) -> Link | None:
+        """GPU to GPU, None where there is none."""
+        return next((link for link in self.links if link.source == link.target == "gpu"), None)
+
     def spec_rates(self) -> Rates:
         """Every kernel at its roof: an upper bound, far above what programs attain."""
         gpu, cpu = self.gpu, self.cpu
@@ -251,10 +287,14 @@ class Hardware:
             gpu_experts=Curve.constant(float(gpu.peak_flops)),
             gpu_attention=Curve.constant(float(gpu.peak_flops)),
             gpu_bandwidth=float(gpu.bandwidth),
+            gpu_decode_attention=Curve.constant(float(gpu.bandwidth)),
+            cpu_experts=Curve.constant(float(cpu.peak_flops)),
+            cpu_weight_bandwidth=float(cpu.bandwidth),
             cpu_attention=Curve.constant(float(cpu.bandwidth)),
             cpu_attention_flops=float(cpu.peak_flops),
             h2d_bandwidth=float(self.h2d.bandwidth),
             d2h_bandwidth=float(self.d2h.bandwidth),
+            peer_bandwidth=None if self.peer is None else float(self.peer.bandwidth),
             staging_bandwidth=float(cpu.bandwidth) / 2,
             dram_bandwidth=float(cpu.bandwidth),
         )
@@ -283,6 +323,55 @@ class Hardware:
         """The same machine with every measured link paced to `bandwidth` bytes/s (None: unpaced)."""
         return replace(self, rate_sets={key: rates.with_link(bandwidth) for key, rates in self.rate_sets.items()})
 
+    def scaled(
+        self,
+        *,
+        gpu_memory: float = 1.0,
+        cpu_memory: float = 1.0,
+        gpu_speed: float = 1.0,
+        gpu_bandwidth: float = 1.0,
+        cpu_speed: float = 1.0,
+        cpu_bandwidth: float = 1.0,
+        link: float = 1.0,
+    ) -> Hardware:
+        """The same machine with some of its resources multiplied, in data sheet and rate sets alike.
+
+        ``cpu_speed`` and ``gpu_speed`` multiply FLOP/s, ``link`` both directions between host and GPUs.
+        Overheads in seconds stay.
+        """
+        factors = {
+            "gpu": (gpu_memory, gpu_bandwidth, gpu_speed),
+            "cpu": (cpu_memory, cpu_bandwidth, cpu_speed),
+        }
+        if any(not x > 0 for x in (*factors["gpu"], *factors["cpu"], link)):
+            raise InvalidValue("factors of a machine must be > 0.")
+        levels = []
+        for level in self.levels:
+            size, band, speed = factors.get(level.name, (1.0, 1.0, 1.0))
+            levels.append(
+                replace(
+                    level,
+                    capacity=replace(level.capacity, value=level.capacity.value * size),
+                    bandwidth=replace(level.bandwidth, value=level.bandwidth.value * band),
+                    peak_flops=replace(level.peak_flops, value=level.peak_flops.value * speed),
+                )
+            )
+        links = tuple(
+            x if x.source == x.target else replace(x, bandwidth=replace(x.bandwidth, value=x.bandwidth.value * link))
+            for x in self.links
+        )
+        by_field = {
+            "gpu_gemm": gpu_speed, "gpu_experts": gpu_speed, "gpu_attention": gpu_speed,
+            "gpu_bandwidth": gpu_bandwidth, "gpu_decode_attention": gpu_bandwidth,
+            "cpu_attention": cpu_bandwidth, "cpu_attention_flops": cpu_speed,
+            "cpu_experts": cpu_speed, "cpu_weight_bandwidth": cpu_bandwidth,
+            "h2d_bandwidth": link, "d2h_bandwidth": link,
+            "staging_bandwidth": cpu_bandwidth, "dram_bandwidth": cpu_bandwidth,
+            "gpu_capacity": gpu_memory, "cpu_capacity": cpu_memory,
+        }  # fmt: skip
+        rate_sets = {name: _scale_rates(rates, by_field) for name, rates in self.rate_sets.items()}
+        return replace(self, levels=tuple(levels), links=links, rate_sets=rate_sets)
+
     def with_capacity(self, *, gpu_bytes: int | None = None, cpu_bytes: int | None = None) -> Hardware:
         """The same machine with other memory sizes (a budget on the GPU, say)."""
         sizes = {"gpu": gpu_bytes, "cpu": cpu_bytes}
@@ -292,7 +381,9 @@ class Hardware:
             if size is not None:
                 level = replace(level, capacity=Quantity(size, level.capacity.provenance, "set by the caller"))
             levels.append(level)
-        return replace(self, levels=tuple(levels))
+        given = {f"{name}_capacity": float(size) for name, size in sizes.items() if size is not None}
+        rate_sets = {name: replace(rates, **given) for name, rates in self.rate_sets.items()}  # type: ignore[arg-type]
+        return replace(self, levels=tuple(levels), rate_sets=rate_sets)
 
     @classmethod
     def from_catalog(cls, name: str) -> Hardware:
@@ -331,8 +422,9 @@ class Hardware:
     def __str__(self) -> str:
         lines = [f"{self.name}: {self.title}"]
         for level in self.levels:
+            count = f"{self.num_gpus} x " if level.name == "gpu" and self.num_gpus > 1 else ""
             lines.append(
-                f"  {level.name}: {level.processor}, {format_bytes(float(level.capacity))}, "
+                f"  {level.name}: {count}{level.processor}, {format_bytes(float(level.capacity))}, "
                 f"{format_bandwidth(float(level.bandwidth))}, {format_flops(float(level.peak_flops))}"
             )
         for link in self.links:
@@ -342,3 +434,12 @@ class Hardware:
     def _repr_html_(self) -> str:
         head, *rest = str(self).split("\n")
         return f"<b>{head}</b><ul>{''.join(f'<li>{line.strip()}</li>' for line in rest)}</ul>"
+
+
+def _scale_rates(rates: Rates, factors: Mapping[str, float]) -> Rates:
+    changed: dict[str, Any] = {}
+    for name, factor in factors.items():
+        value = getattr(rates, name)
+        if factor != 1 and value is not None:
+            changed[name] = value.scaled(factor) if isinstance(value, Curve) else value * factor
+    return replace(rates, **changed)

@@ -19,21 +19,28 @@ _CURVES: dict[str, Callable[[Any], float]] = {
     "gpu_gemm": parse_flops,
     "gpu_experts": parse_flops,
     "gpu_attention": parse_flops,
+    "gpu_decode_attention": parse_bandwidth,
     "cpu_attention": parse_bandwidth,
+    "cpu_experts": parse_flops,
     "cores": float,
 }
 _SCALARS: dict[str, Callable[[Any], float]] = {
     "gpu_bandwidth": parse_bandwidth,
     "gpu_launch_s": parse_seconds,
     "cpu_attention_flops": parse_flops,
+    "cpu_weight_bandwidth": parse_bandwidth,
     "cpu_task_s": parse_seconds,
     "h2d_bandwidth": parse_bandwidth,
     "d2h_bandwidth": parse_bandwidth,
+    "peer_bandwidth": parse_bandwidth,
+    "peer_s": parse_seconds,
     "transfer_s": parse_seconds,
     "staging_bandwidth": parse_bandwidth,
     "dram_bandwidth": parse_bandwidth,
     "copy_bandwidth": parse_bandwidth,
     "task_s": parse_seconds,
+    "gpu_capacity": parse_bytes,
+    "cpu_capacity": parse_bytes,
 }
 
 
@@ -58,7 +65,7 @@ def read_hardware(path: str | Path) -> Hardware:
 def hardware_from_dict(data: Mapping[str, Any], *, name: str) -> Hardware:
     """Build a machine from the content of a hardware file."""
     where = f"hardware {name!r}"
-    _only_keys(data, {"name", "title", "levels", "links", "rates", "facts", "shared_memory"}, where)
+    _only_keys(data, {"name", "title", "levels", "links", "rates", "facts", "num_gpus", "shared_memory"}, where)
     parsers = {"capacity": parse_bytes, "bandwidth": parse_bandwidth, "peak_flops": parse_flops}
     levels = []
     for level_name, entry in _table(data, "levels", where).items():
@@ -86,6 +93,7 @@ def hardware_from_dict(data: Mapping[str, Any], *, name: str) -> Hardware:
         levels=tuple(levels),
         links=tuple(links),
         facts=data.get("facts", {}),
+        num_gpus=data.get("num_gpus", 1),
         shared_memory=bool(data.get("shared_memory", False)),
     )
     sets: dict[str, Rates] = {}
@@ -109,6 +117,7 @@ def hardware_to_dict(machine: Hardware) -> dict[str, Any]:
     return {
         "name": machine.name,
         "title": machine.title,
+        "num_gpus": machine.num_gpus,
         "shared_memory": machine.shared_memory,
         "levels": {
             level.name: {
@@ -149,15 +158,20 @@ def _table(entry: Mapping[str, Any], key: str, where: str) -> Mapping[str, Any]:
 def _quantity(entry: Any, parse: Any, where: str) -> Quantity:
     if not isinstance(entry, Mapping):
         raise InvalidConfig(f"{where}: a number is written {{value = ..., source = ...}}, not {entry!r}.")
-    _only_keys(entry, {"value", "provenance", "source"}, where)
+    _only_keys(entry, {"value", "provenance", "source", "measured", "measured_source"}, where)
+    measured = entry.get("measured")
     try:
         value = parse(_need(entry, "value", where))
+        measured = None if measured is None else parse(measured)
     except InvalidValue as error:
         raise InvalidConfig(f"{where}: {error}") from None
     provenance = entry.get("provenance", "spec")
     if provenance not in RATE_SETS:
         raise UnknownName.of(f"provenance in {where}", provenance, RATE_SETS)
-    return Quantity(value, provenance, str(_need(entry, "source", where)))
+    if measured is not None:
+        _need(entry, "measured_source", where)
+    source, measured_source = str(_need(entry, "source", where)), str(entry.get("measured_source", ""))
+    return Quantity(value, provenance, source, measured, measured_source)
 
 
 def _rates(entry: Mapping[str, Any], name: str, spec: Rates, where: str) -> Rates:

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from hrm.affine import KV_ON_GPU, KV_STREAMED, WEIGHTS_ON_GPU, WEIGHTS_STREAMED, Affine
 from hrm.errors import DoesNotFit
 from hrm.hardware import Hardware
 from hrm.model import MoEModel
@@ -18,13 +19,12 @@ from hrm.pipeline import (
     PINNED_PAGES,
     BatchShape,
     activation_bytes,
-    page_bytes,
     prefill_slot_bytes,
     workspace_bytes,
 )
 from hrm.units import format_bytes
 
-__all__ = ["Footprint", "batch_footprint", "check_fits", "footprint", "usable_bytes"]
+__all__ = ["Footprint", "batch_footprint", "check_fits", "footprint", "kv_cache_bytes", "usable_bytes"]
 
 # A GPU's driver, context and allocator take some of it; the operating system some of the host.
 _GPU_USABLE, _CPU_USABLE, _SHARED_USABLE = 0.92, 0.90, 0.85
@@ -32,20 +32,32 @@ _GPU_USABLE, _CPU_USABLE, _SHARED_USABLE = 0.92, 0.90, 0.85
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Footprint:
-    """Bytes per tier, item by item (numbers or arrays over a planner's grid)."""
+    """Bytes per tier, item by item; affine in r_w and r_c until `at` fixes them."""
 
     gpu: dict[str, Any]
+    """On each GPU."""
     cpu: dict[str, Any]
 
     @property
     def gpu_bytes(self) -> Any:
-        """All bytes on the GPU."""
+        """All bytes on one GPU."""
         return sum(self.gpu.values())
 
     @property
     def cpu_bytes(self) -> Any:
         """All bytes on the host."""
         return sum(self.cpu.values())
+
+    def at(self, weights_on_gpu: float, kv_on_gpu: float = 0.0) -> Footprint:
+        """The footprint for given shares, in plain numbers."""
+
+        def fixed(item: Any) -> Any:
+            return item.at(weights_on_gpu, kv_on_gpu) if isinstance(item, Affine) else item
+
+        return Footprint(
+            gpu={name: fixed(item) for name, item in self.gpu.items()},
+            cpu={name: fixed(item) for name, item in self.cpu.items()},
+        )
 
     def to_dict(self) -> dict[str, Any]:
         """Totals and items, as plain numbers."""
@@ -63,13 +75,15 @@ def footprint(
     batch_size: Any,
     micro_batch_size: Any,
     num_micro_batches: Any,
-    weights_on_gpu: Any,
     micro_batch_tokens: Any,
     batch_tokens: Any,
     longest_prompt: Any,
     gen_len: Any,
+    attention_on_gpu: bool = False,
+    ffn_on_gpu: bool = True,
+    num_gpus: int = 1,
 ) -> Footprint:
-    """Memory of a CGOPipe run with attention on the CPU.
+    """Memory of a run, affine in r_w and r_c.
 
     Parameters
     ----------
@@ -79,6 +93,8 @@ def footprint(
         Prompt tokens of the whole batch.
     longest_prompt : int
         Tokens of the longest prompt.
+    num_gpus : int
+        GPUs that share weights and KV; each keeps all hidden states.
 
     Returns
     -------
@@ -87,32 +103,57 @@ def footprint(
 
     References
     ----------
-    MoE-Lightning, section 4.2 (memory constraints); every item here is one that the executor allocates.
+    MoE-Lightning, section 4.2 (memory constraints); with attention on the CPU, experts on one GPU, every
+    item is one that the executor allocates.
     """
-    w = model.layer_expert_bytes
-    streamed = (1 - weights_on_gpu) * w
-    b = model.dtype_bytes
-    gpu = {
-        "dense_weights": model.dense_bytes,
-        "resident_experts": model.num_layers * weights_on_gpu * w,
-        "weight_buffers": 2 * streamed,
+    b, t = model.dtype_bytes, num_gpus
+    widest = max(model.kind_expert_bytes(kind) for kind in (*model.order, *model.encoder_order))
+    streamed = widest * WEIGHTS_STREAMED
+    kv = kv_cache_bytes(model, batch_size, batch_tokens, gen_len)
+    gpu: dict[str, Any] = {
+        "dense_weights": model.dense_bytes / t,
+        "resident_experts": (model.streamed_bytes / t) * WEIGHTS_ON_GPU,
+        "weight_buffers": (2 / t) * streamed,
         "hidden_states": batch_size * (model.hidden_bytes + 8.0),
         # Prompt ids and positions, lengths, generated ids; and the rotary table.
         "token_ids": 16.0 * batch_tokens + batch_size * (16.0 + 8.0 * gen_len),
         "rotary_table": 2 * (longest_prompt + gen_len) * model.head_dim * b,
-        "decode_slots": ACTIVATION_SLOTS * activation_bytes(model, micro_batch_size),
+        "decode_slots": ACTIVATION_SLOTS * activation_bytes(model, micro_batch_size) / t,
         "prefill_slots": ACTIVATION_SLOTS * prefill_slot_bytes(model, micro_batch_tokens),
         "workspace": workspace_bytes(model, micro_batch_tokens, micro_batch_size),
     }
-    cpu = {
-        "streamed_experts": model.num_layers * streamed,
-        "kv_cache": (batch_tokens + batch_size * gen_len) * model.kv_token_bytes * model.num_layers,
+    cpu: dict[str, Any] = {
+        "streamed_experts": model.streamed_bytes * WEIGHTS_STREAMED,
+        "kv_cache": kv * KV_STREAMED if attention_on_gpu else kv,
         "prompt_hidden_states": batch_tokens * model.hidden_bytes,
-        "pinned_pages": PINNED_PAGES * page_bytes(streamed, num_micro_batches),
-        "pinned_activations": ACTIVATION_SLOTS * micro_batch_size * (2 * model.q_size + 2 * model.kv_size) * b
+        "pinned_pages": (PINNED_PAGES / num_micro_batches) * streamed,
+        "pinned_activations": ACTIVATION_SLOTS * activation_bytes(model, micro_batch_size)
         + micro_batch_tokens * model.kv_token_bytes,
     }
+    if attention_on_gpu:
+        gpu["kv_cache"] = (kv / t) * KV_ON_GPU
+        # The next micro-batch's KV of one layer arrives while the current one's is read.
+        per_layer = max(model.kind_kv_token_bytes(kind) for kind in set(model.order))
+        gpu["kv_buffers"] = (2 / t * (micro_batch_tokens + micro_batch_size * gen_len) * per_layer) * KV_STREAMED
+    if not ffn_on_gpu:
+        widths = model.hidden_size + 2 * model.top_k * (model.hidden_size + 2 * model.intermediate_size)
+        cpu["expert_workspace"] = micro_batch_size * widths * b
     return Footprint(gpu=gpu, cpu=cpu)
+
+
+def kv_cache_bytes(model: MoEModel, batch_size: Any, batch_tokens: Any, gen_len: Any) -> Any:
+    """KV cache of a whole batch at the end of generation, all layers; windows keep no more than they see."""
+    total: Any = 0.0
+    encodes = bool(model.encoder_order)
+    for kind, count in model.layer_counts.items():
+        layer = model.kinds[kind]
+        tokens = batch_size * gen_len + (0 if encodes else batch_tokens)
+        if layer.attention.window is not None:
+            tokens = np.minimum(tokens, batch_size * layer.attention.window)
+        total = total + count * tokens * model.kind_kv_token_bytes(kind)
+        if layer.cross_attention is not None:
+            total = total + count * batch_tokens * layer.cross_attention.kv_elements * model.kv_dtype_bytes
+    return total
 
 
 def batch_footprint(model: MoEModel, batch: BatchShape, weights_on_gpu: float) -> Footprint:
@@ -122,16 +163,15 @@ def batch_footprint(model: MoEModel, batch: BatchShape, weights_on_gpu: float) -
         batch_size=batch.batch_size,
         micro_batch_size=max(batch.sequences),
         num_micro_batches=batch.num_micro_batches,
-        weights_on_gpu=weights_on_gpu,
         micro_batch_tokens=max(batch.prompt_tokens),
         batch_tokens=sum(batch.cached_tokens),
         longest_prompt=max(batch.longest),
         gen_len=batch.gen_len,
-    )
+    ).at(weights_on_gpu)
 
 
 def usable_bytes(hardware: Hardware) -> tuple[float, float]:
-    """Bytes that a run may take on the GPU and on the host of `hardware`."""
+    """Bytes that a run may take on each GPU and on the host of `hardware`."""
     if hardware.shared_memory:
         # Both heaps lie in the same RAM: the GPU's share is a budget, exact, and the host gets the rest.
         gpu = float(hardware.gpu.capacity)

@@ -1,97 +1,38 @@
-"""A Mixture-of-Experts decoder as its Hugging Face ``config.json`` describes it.
+"""A transformer with Mixture-of-Experts (or dense) layers, as its Hugging Face ``config.json`` describes it.
 
-The reader is strict: a key that it does not know, or one that it needs and does not find, is an error
-that names the key. A Mixtral file read as a dense model without a word is the field's common mistake.
+`hrm.architectures` reads the configs, strictly: a key that it does not know, or one that it needs and does
+not find, is an error that names the key. A Mixtral file read as a dense model without a word is the
+field's common mistake.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from hrm.errors import InvalidConfig
+from hrm.errors import InvalidConfig, InvalidValue
+from hrm.layers import Layer, check_size
 
-__all__ = ["DTYPE_BYTES", "SUPPORTED_ARCHITECTURES", "MoEModel"]
+__all__ = ["DTYPE_BYTES", "MoEModel"]
 
-DTYPE_BYTES = {"float32": 4.0, "bfloat16": 2.0, "float16": 2.0, "int8": 1.0, "int4": 0.5}
-
-# Keys that say nothing about shapes: initialisation, token ids, bookkeeping of the library.
-_BOOKKEEPING = frozenset(
-    [
-        "_name_or_path",
-        "architectures",
-        "attention_dropout",
-        "bos_token_id",
-        "eos_token_id",
-        "initializer_range",
-        "model_type",
-        "output_router_logits",
-        "pad_token_id",
-        "rms_norm_eps",
-        "rope_parameters",
-        "rope_scaling",
-        "rope_theta",
-        "router_aux_loss_coef",
-        "router_jitter_noise",
-        "transformers_version",
-        "use_cache",
-        "return_dict",
-        "output_attentions",
-        "output_hidden_states",
-        "chunk_size_feed_forward",
-        "is_encoder_decoder",
-        "problem_type",
-        "id2label",
-        "label2id",
-    ]
-)
-
-
-@dataclass(frozen=True, slots=True)
-class _Architecture:
-    """Which config keys of one ``model_type`` carry the shape of the model."""
-
-    fields: Mapping[str, str]
-    defaults: Mapping[str, Any] = field(default_factory=dict)
-    harmless: frozenset[str] = frozenset()
-
-
-_ARCHITECTURES = {
-    "mixtral": _Architecture(
-        fields={
-            "num_layers": "num_hidden_layers",
-            "hidden_size": "hidden_size",
-            "intermediate_size": "intermediate_size",
-            "num_heads": "num_attention_heads",
-            "num_kv_heads": "num_key_value_heads",
-            "vocab_size": "vocab_size",
-            "num_experts": "num_local_experts",
-            "top_k": "num_experts_per_tok",
-            "max_positions": "max_position_embeddings",
-        },
-    ),
-}
-SUPPORTED_ARCHITECTURES = tuple(sorted(_ARCHITECTURES))
+DTYPE_BYTES = {"float32": 4.0, "bfloat16": 2.0, "float16": 2.0, "float8": 1.0, "int8": 1.0, "int4": 0.5}
 
 
 def _count(number: int) -> str:
     return f"{number / 1e9:.2f}B" if number >= 1e8 else f"{number / 1e6:.2f}M"
 
 
-def _check_size(value: Any, key: str, model: str) -> None:
-    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-        raise InvalidConfig(f"{key!r} of model {model!r} must be an integer >= 1: {value!r}")
-
-
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MoEModel:
-    """Shapes of a decoder-only Mixture-of-Experts transformer.
+    """Shapes of a transformer, layer by layer.
 
     Symbols of MoE-Lightning (arXiv 2411.11217): ``hidden_size`` is h1, ``intermediate_size`` h2,
     ``num_experts`` n_e, ``top_k`` k, ``num_layers`` l, ``num_heads`` n_q, ``num_kv_heads`` n_kv.
+    Where layers differ, the properties that name one number mean the layer with the most experts.
 
     Examples
     --------
@@ -102,95 +43,46 @@ class MoEModel:
     name: str
     architecture: str
     """``model_type`` of the config."""
-    num_layers: int
     hidden_size: int
-    intermediate_size: int
-    num_heads: int
-    num_kv_heads: int
-    head_dim: int
     vocab_size: int
-    num_experts: int
-    top_k: int
     max_positions: int
     """Longest sequence (prompt and generated tokens) the position embedding covers."""
+    kinds: tuple[Layer, ...]
+    """The different layers that the model has."""
+    order: tuple[int, ...]
+    """Index into `kinds` of each layer that generates (of the decoder, where there is an encoder)."""
+    encoder_order: tuple[int, ...] = ()
+    """Index into `kinds` of each encoder layer; empty for decoder-only models."""
+    embedding_parameters: int
+    """Parameters outside all layers: embeddings of tokens and positions, final norms, LM head."""
+    tie_embeddings: bool = False
+    """True where the LM head is the token embedding."""
     dtype: str = "bfloat16"
     """Type of weights, activations and KV cache; a key of `DTYPE_BYTES`."""
-    tie_embeddings: bool = False
-    sliding_window: int | None = None
+    kv_dtype: str | None = None
+    """Type of the KV cache where it differs from `dtype`."""
+    dense_weight_bytes: float | None = None
+    """Bytes of one stored weight of attention and shared experts, where it differs from `dtype`."""
+    expert_weight_bytes: float | None = None
+    """Bytes of one stored weight of a routed expert, scales included, where it differs from `dtype`."""
 
     def __post_init__(self) -> None:
-        for name in (
-            "num_layers", "hidden_size", "intermediate_size", "num_heads", "num_kv_heads",
-            "head_dim", "vocab_size", "num_experts", "top_k", "max_positions",
-        ):  # fmt: skip
-            _check_size(getattr(self, name), name, self.name)
-        if self.top_k > self.num_experts:
-            raise InvalidConfig(f"'top_k' must be <= num_experts={self.num_experts}: {self.top_k}")
-        if self.num_heads % self.num_kv_heads:
-            raise InvalidConfig(f"'num_heads' must be a multiple of num_kv_heads={self.num_kv_heads}: {self.num_heads}")
-        if self.dtype not in DTYPE_BYTES:
-            raise InvalidConfig(f"'dtype' must be one of {', '.join(DTYPE_BYTES)}: {self.dtype!r}")
+        owner = f"model {self.name!r}"
+        for name in ("hidden_size", "vocab_size", "max_positions"):
+            check_size(getattr(self, name), name, owner)
+        if not self.order or not set(self.order) | set(self.encoder_order) <= set(range(len(self.kinds))):
+            raise InvalidConfig(f"{owner} needs layers, each one of its {len(self.kinds)} kinds.")
+        for name in ("dtype", "kv_dtype"):
+            value = getattr(self, name)
+            if value not in DTYPE_BYTES and not (name == "kv_dtype" and value is None):
+                raise InvalidConfig(f"{name!r} must be one of {', '.join(DTYPE_BYTES)}: {value!r}")
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any], *, name: str) -> MoEModel:
-        """Read a Hugging Face config.
+        """Read the content of a Hugging Face ``config.json``; see `hrm.architectures.read_model`."""
+        from hrm.architectures import read_model
 
-        Parameters
-        ----------
-        config : mapping
-            Content of a ``config.json``.
-        name : str
-            What to call the model in tables and messages.
-
-        Raises
-        ------
-        InvalidConfig
-            If the architecture is not supported, or a key is missing or unknown.
-        """
-        model_type = config.get("model_type")
-        if not isinstance(model_type, str) or model_type not in _ARCHITECTURES:
-            raise InvalidConfig(
-                f"architecture {model_type!r} of {name!r} is not supported; "
-                f"supported: {', '.join(SUPPORTED_ARCHITECTURES)}."
-            )
-        arch = _ARCHITECTURES[model_type]
-        missing = [key for key in arch.fields.values() if key not in config]
-        if missing:
-            raise InvalidConfig(f"config of {name!r} lacks {', '.join(map(repr, missing))}.")
-        shape = {ours: config[theirs] for ours, theirs in arch.fields.items()}
-        for ours, theirs in arch.fields.items():
-            _check_size(shape[ours], theirs, name)
-        tied = config.get("tie_word_embeddings", False)
-        if not isinstance(tied, bool):
-            raise InvalidConfig(f"'tie_word_embeddings' of {name!r} must be true or false: {tied!r}")
-        if config.get("sliding_window") is not None:
-            _check_size(config["sliding_window"], "sliding_window", name)
-        if config.get("hidden_act", "silu") != "silu":
-            raise InvalidConfig(f"'hidden_act' of {name!r} must be 'silu': {config['hidden_act']!r}")
-        read = {"head_dim", "hidden_act", "dtype", "torch_dtype", "tie_word_embeddings", "sliding_window"}
-        unknown = sorted(set(config) - set(arch.fields.values()) - read - _BOOKKEEPING - arch.harmless)
-        if unknown:
-            raise InvalidConfig(
-                f"config of {name!r} has keys that {model_type!r} models do not have here: "
-                f"{', '.join(map(repr, unknown))}; remove them or use a version that knows them."
-            )
-        head_dim = config.get("head_dim")
-        if head_dim is None:
-            if shape["hidden_size"] % shape["num_heads"]:
-                raise InvalidConfig(
-                    f"'hidden_size' of {name!r} must be a multiple of "
-                    f"num_attention_heads={shape['num_heads']}: {shape['hidden_size']}"
-                )
-            head_dim = shape["hidden_size"] // shape["num_heads"]
-        return cls(
-            name=name,
-            architecture=model_type,
-            head_dim=head_dim,
-            dtype=str(config.get("dtype") or config.get("torch_dtype") or "bfloat16"),
-            tie_embeddings=tied,
-            sliding_window=config.get("sliding_window"),
-            **shape,
-        )
+        return read_model(config, name=name)
 
     @classmethod
     def from_file(cls, path: str | Path) -> MoEModel:
@@ -215,10 +107,108 @@ class MoEModel:
 
         return catalog.load_model(name)
 
+    def with_layers(self, num_layers: int) -> MoEModel:
+        """The same model with its first `num_layers` layers, repeated from the start if it has fewer."""
+        check_size(num_layers, "num_layers", f"model {self.name!r}")
+        order = (self.order * -(-num_layers // len(self.order)))[:num_layers]
+        return replace(self, order=order)
+
+    def with_kv_dtype(self, dtype: str | None) -> MoEModel:
+        """The same model with its KV cache kept in another type."""
+        return replace(self, kv_dtype=dtype)
+
+    def with_routing(self, tokens_per_expert: Sequence[float]) -> MoEModel:
+        """The same model with experts as popular as a histogram of tokens says, in every routed layer.
+
+        Parameters
+        ----------
+        tokens_per_expert : sequence of float
+            Tokens (or shares) that each expert got; of length ``num_experts``.
+        """
+        counts = [float(x) for x in tokens_per_expert]
+        if len(counts) != self.num_experts or min(counts) < 0 or not sum(counts) > 0:
+            raise InvalidValue(
+                f"a routing histogram of {self.name} needs {self.num_experts} counts >= 0, not all 0: got {len(counts)}"
+            )
+        kinds = []
+        for layer in self.kinds:
+            if layer.ffn.num_experts == self.num_experts and layer.ffn.routed:
+                shares = tuple(min(1.0, layer.ffn.top_k * x / sum(counts)) for x in counts)
+                layer = replace(layer, ffn=replace(layer.ffn, routing=shares))
+            kinds.append(layer)
+        return replace(self, kinds=tuple(kinds))
+
+    # -- layers ---------------------------------------------------------------------------------------
+
     @property
-    def dtype_bytes(self) -> float:
-        """Bytes of one weight, activation or KV element."""
-        return DTYPE_BYTES[self.dtype]
+    def num_layers(self) -> int:
+        """l: layers that generate."""
+        return len(self.order)
+
+    @property
+    def layers(self) -> tuple[Layer, ...]:
+        """Every layer that generates, in order."""
+        return tuple(self.kinds[kind] for kind in self.order)
+
+    @property
+    def layer_counts(self) -> dict[int, int]:
+        """How often each kind occurs among the layers that generate."""
+        return dict(Counter(self.order))
+
+    @property
+    def layer_pairs(self) -> dict[tuple[int, int], int]:
+        """How often a layer of one kind is followed by one of another, from step to step."""
+        return _pairs(self.order)
+
+    @property
+    def encoder_pairs(self) -> dict[tuple[int, int], int]:
+        """As `layer_pairs`, for the encoder."""
+        return _pairs(self.encoder_order)
+
+    @property
+    def main_layer(self) -> Layer:
+        """The layer with the most experts."""
+        return max(self.layers, key=lambda layer: layer.ffn.num_experts)
+
+    @property
+    def uniform(self) -> bool:
+        """True for a decoder-only model whose layers are all alike."""
+        return len(set(self.order)) == 1 and not self.encoder_order
+
+    @property
+    def intermediate_size(self) -> int:
+        """h2 of one routed expert."""
+        return self.main_layer.ffn.intermediate_size
+
+    @property
+    def num_experts(self) -> int:
+        """n_e; 1 for a dense model."""
+        return self.main_layer.ffn.num_experts
+
+    @property
+    def top_k(self) -> int:
+        """k: experts that a token is sent to."""
+        return self.main_layer.ffn.top_k
+
+    @property
+    def num_heads(self) -> int:
+        """n_q."""
+        return self.main_layer.attention.num_heads
+
+    @property
+    def num_kv_heads(self) -> int:
+        """n_kv."""
+        return self.main_layer.attention.num_kv_heads
+
+    @property
+    def head_dim(self) -> int:
+        """d of queries and keys."""
+        return self.main_layer.attention.head_dim
+
+    @property
+    def sliding_window(self) -> int | None:
+        """Window of the layer with the most experts."""
+        return self.main_layer.attention.window
 
     @property
     def q_size(self) -> int:
@@ -230,57 +220,93 @@ class MoEModel:
         """Width of the key (or value) projection, n_kv · d."""
         return self.num_kv_heads * self.head_dim
 
+    # -- parameters -----------------------------------------------------------------------------------
+
     @property
     def expert_parameters(self) -> int:
-        """Parameters of one expert (gate, up and down projections)."""
-        return 3 * self.hidden_size * self.intermediate_size
-
-    @property
-    def attention_parameters(self) -> int:
-        """Parameters of one layer's Q, K, V and O projections."""
-        return self.hidden_size * (2 * self.q_size + 2 * self.kv_size)
-
-    @property
-    def dense_layer_parameters(self) -> int:
-        """Parameters of one layer outside its experts: attention, two norms, router."""
-        return self.attention_parameters + 2 * self.hidden_size + self.num_experts * self.hidden_size
-
-    @property
-    def embedding_parameters(self) -> int:
-        """Parameters of token embedding, final norm and LM head."""
-        tables = 1 if self.tie_embeddings else 2
-        return tables * self.vocab_size * self.hidden_size + self.hidden_size
+        """Parameters of one expert."""
+        return self.main_layer.ffn.expert_parameters
 
     @property
     def num_expert_parameters(self) -> int:
-        """Parameters of all experts of all layers."""
-        return self.num_layers * self.num_experts * self.expert_parameters
+        """Parameters of all routed experts of all layers (of dense FFNs, where a layer has one)."""
+        return sum(self.kinds[kind].ffn.experts_parameters for kind in (*self.order, *self.encoder_order))
 
     @property
     def num_parameters(self) -> int:
         """All parameters."""
-        dense = self.num_layers * self.dense_layer_parameters + self.embedding_parameters
-        return dense + self.num_expert_parameters
+        layers = sum(self.kinds[kind].parameters for kind in (*self.order, *self.encoder_order))
+        return layers + self.embedding_parameters
+
+    @property
+    def active_parameters(self) -> int:
+        """Parameters that one token meets: all but the experts that it is not sent to."""
+        idle = 0
+        for kind in (*self.order, *self.encoder_order):
+            ffn = self.kinds[kind].ffn
+            idle += (ffn.num_experts - ffn.top_k) * ffn.expert_parameters
+        return self.num_parameters - idle
+
+    # -- bytes ----------------------------------------------------------------------------------------
+
+    @property
+    def dtype_bytes(self) -> float:
+        """Bytes of one activation, and of one weight unless stored in another type."""
+        return DTYPE_BYTES[self.dtype]
+
+    @property
+    def kv_dtype_bytes(self) -> float:
+        """Bytes of one element of the KV cache."""
+        return DTYPE_BYTES[self.kv_dtype or self.dtype]
+
+    @property
+    def dense_element_bytes(self) -> float:
+        """Bytes of one stored weight outside the routed experts."""
+        return self.dtype_bytes if self.dense_weight_bytes is None else self.dense_weight_bytes
+
+    @property
+    def expert_element_bytes(self) -> float:
+        """Bytes of one stored weight of a routed expert."""
+        return self.dtype_bytes if self.expert_weight_bytes is None else self.expert_weight_bytes
 
     @property
     def expert_bytes(self) -> float:
         """Bytes of one expert."""
-        return self.expert_parameters * self.dtype_bytes
+        return self.expert_parameters * self.expert_element_bytes
+
+    def kind_expert_bytes(self, kind: int) -> float:
+        """Bytes of the routed experts of a layer of `kind`."""
+        return self.kinds[kind].ffn.experts_parameters * self.expert_element_bytes
+
+    def kind_kv_token_bytes(self, kind: int) -> float:
+        """Bytes of one token's keys and values in a layer of `kind`."""
+        return self.kinds[kind].attention.kv_elements * self.kv_dtype_bytes
 
     @property
     def layer_expert_bytes(self) -> float:
         """Bytes of all experts of one layer: what CGOPipe streams (W_L)."""
-        return self.num_experts * self.expert_bytes
+        return self.main_layer.ffn.experts_parameters * self.expert_element_bytes
+
+    @property
+    def streamed_bytes(self) -> float:
+        """Bytes of the routed experts of all layers, encoder included."""
+        return self.num_expert_parameters * self.expert_element_bytes
 
     @property
     def dense_bytes(self) -> float:
         """Bytes of everything but the experts; stays on the GPU."""
-        return (self.num_parameters - self.num_expert_parameters) * self.dtype_bytes
+        layers = sum(self.kinds[kind].dense_parameters for kind in (*self.order, *self.encoder_order))
+        return layers * self.dense_element_bytes + self.embedding_parameters * self.dtype_bytes
+
+    @property
+    def weight_bytes(self) -> float:
+        """Bytes of all weights."""
+        return self.dense_bytes + self.streamed_bytes
 
     @property
     def kv_token_bytes(self) -> float:
         """Bytes of one token's keys and values in one layer."""
-        return 2 * self.kv_size * self.dtype_bytes
+        return self.main_layer.attention.kv_elements * self.kv_dtype_bytes
 
     @property
     def hidden_bytes(self) -> float:
@@ -288,10 +314,14 @@ class MoEModel:
         return self.hidden_size * self.dtype_bytes
 
     def __str__(self) -> str:
-        return (
-            f"{self.name}: {_count(self.num_parameters)} parameters, {self.num_layers} layers, "
-            f"{self.num_experts} experts top-{self.top_k}, {self.dtype}"
-        )
+        experts = f"{self.num_experts} experts top-{self.top_k}" if self.num_experts > 1 else "dense"
+        encoder = f"{len(self.encoder_order)} + " if self.encoder_order else ""
+        layers = f"{encoder}{self.num_layers} layers"
+        return f"{self.name}: {_count(self.num_parameters)} parameters, {layers}, {experts}, {self.dtype}"
 
     def _repr_html_(self) -> str:
         return f"<b>{self.name}</b><br>{str(self).split(': ', 1)[1]}"
+
+
+def _pairs(order: tuple[int, ...]) -> dict[tuple[int, int], int]:
+    return dict(Counter(zip(order, order[1:] + order[:1], strict=True)))

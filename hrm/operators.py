@@ -1,25 +1,37 @@
-"""FLOPs and bytes of every operator of a decoder layer, per memory level.
+"""FLOPs and bytes of every operator of a layer, per memory level.
 
-Counts are for one layer and accept numbers or numpy arrays (a planner evaluates a whole grid at once).
-Token counts follow MoE-Lightning, section 3: in decode a micro-batch of μ sequences is μ tokens.
+Counts are for one layer, by default the model's layer with the most experts, and accept numbers or numpy
+arrays (a planner evaluates a whole grid at once). Token counts follow MoE-Lightning, section 3: in decode a
+micro-batch of μ sequences is μ tokens.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
+import numpy as np
+
+from hrm.layers import Attention, FeedForward, Layer, Projection
 from hrm.model import MoEModel
 
 __all__ = [
     "Operator",
+    "active_experts",
+    "after_attention",
     "attention_core",
+    "causal_pairs",
+    "cross_attention_keys",
+    "cross_attention_queries",
     "distinct_experts",
+    "encoder_layer",
     "expert_ffn",
     "post_attention",
     "pre_attention",
     "prefill_layer",
     "sampling",
+    "seen_tokens",
+    "sharded",
 ]
 
 Kind = Literal["gemm", "experts", "elementwise", "attention", "causal_attention"]
@@ -43,6 +55,8 @@ class Operator:
     """Size that the kernel's efficiency depends on: rows of a GEMM, tokens per expert, prompt or context length."""
     launches: Number = 1
     """Kernels launched (operators dispatched)."""
+    replicated: bool = False
+    """True where tensor parallelism gives every GPU the whole work (norms, residuals)."""
 
     @property
     def bytes(self) -> Number:
@@ -55,18 +69,58 @@ class Operator:
         return self.flops / self.bytes
 
 
-def distinct_experts(model: MoEModel, tokens: Number) -> Number:
-    """Expected number of distinct experts that `tokens` tokens activate under uniform routing.
+def active_experts(ffn: FeedForward, tokens: Number) -> Number:
+    """Expected number of distinct experts that `tokens` tokens activate.
 
-    E·(1 - (1 - k/E)^tokens).
+    E·(1 - (1 - k/E)^tokens) under uniform routing, Σ(1 - (1 - p_e)^tokens) with a routing histogram.
+    """
+    if ffn.routing is None:
+        return ffn.num_experts * (1.0 - (1.0 - ffn.top_k / ffn.num_experts) ** tokens)
+    return sum(1.0 - (1.0 - share) ** tokens for share in ffn.routing)
+
+
+def distinct_experts(model: MoEModel, tokens: Number) -> Number:
+    """Expected number of distinct experts of a layer that `tokens` tokens activate, see `active_experts`.
 
     Examples
     --------
     >>> round(distinct_experts(MoEModel.from_catalog("mixtral-8x7b"), 4), 3)
     5.469
     """
-    e = model.num_experts
-    return e * (1.0 - (1.0 - model.top_k / e) ** tokens)
+    return active_experts(model.main_layer.ffn, tokens)
+
+
+def seen_tokens(attention: Attention, context: Number) -> Number:
+    """Tokens of a `context` that a query sees through the layer's window."""
+    return context if attention.window is None else np.minimum(context, attention.window)
+
+
+def causal_pairs(length: Number, window: int | None = None) -> Number:
+    """Query-key pairs of a causal prompt of `length` tokens, each query seeing at most `window` keys.
+
+    Examples
+    --------
+    >>> float(causal_pairs(4)), float(causal_pairs(4, window=2))
+    (10.0, 7.0)
+    """
+    whole = length * (length + 1) / 2
+    if window is None:
+        return whole
+    beyond = np.maximum(length - window, 0)
+    return whole - beyond * (beyond + 1) / 2
+
+
+def sharded(op: Operator, num_gpus: int) -> Operator:
+    """The part of an operator that each of `num_gpus` GPUs does under tensor parallelism."""
+    if num_gpus == 1 or op.replicated:
+        return op
+    return replace(
+        op,
+        flops=op.flops / num_gpus,
+        weight_bytes=op.weight_bytes / num_gpus,
+        activation_bytes=op.activation_bytes / num_gpus,
+        kv_bytes=op.kv_bytes / num_gpus,
+    )
 
 
 def _norm(model: MoEModel, tokens: Number, name: str) -> Operator:
@@ -79,29 +133,38 @@ def _norm(model: MoEModel, tokens: Number, name: str) -> Operator:
         activation_bytes=2 * tokens * h * b,
         rows=tokens,
         launches=6,
+        replicated=True,
     )
 
 
-def _gemm(model: MoEModel, tokens: Number, width_in: int, width_out: int, name: str, launches: int = 1) -> Operator:
-    b = model.dtype_bytes
+def _gemm(
+    model: MoEModel, tokens: Number, projections: tuple[Projection, ...], name: str, launches: int | None = None
+) -> Operator:
+    """Products with one common input (or one after the other) as one operator."""
+    weights = sum(p.weights for p in projections)
+    # Products that share their input read it once.
+    widths = {(p.width_in, p.name if "absorb" in p.name or "_b_" in p.name else "") for p in projections}
+    moved = sum(width for width, _ in widths) + sum(p.width_out for p in projections)
     return Operator(
         name=name,
         kind="gemm",
-        flops=2 * tokens * width_in * width_out,
-        weight_bytes=width_in * width_out * b,
-        activation_bytes=tokens * (width_in + width_out) * b,
+        flops=2 * tokens * weights,
+        weight_bytes=weights * model.dense_element_bytes,
+        activation_bytes=tokens * moved * model.dtype_bytes,
         rows=tokens,
-        launches=launches,
+        launches=len(projections) if launches is None else launches,
     )
 
 
-def pre_attention(model: MoEModel, tokens: Number) -> list[Operator]:
+def pre_attention(model: MoEModel, tokens: Number, layer: Layer | None = None) -> list[Operator]:
     """PreAttn: norm, Q/K/V projections, rotary embedding of `tokens` tokens, laid out for offloading."""
     b = model.dtype_bytes
-    rotated = model.q_size + model.kv_size
+    attention = (layer or model.main_layer).attention
+    queries, cached = attention.query_size, attention.kv_elements
+    rotated = queries + cached // 2 if attention.kv_rank is None else attention.num_heads * attention.rope_dim
     return [
         _norm(model, tokens, "input_norm"),
-        _gemm(model, tokens, model.hidden_size, model.q_size + 2 * model.kv_size, "qkv_proj", launches=3),
+        _gemm(model, tokens, (*attention.query_projections, *attention.kv_projections), "qkv_proj"),
         Operator(
             name="rotary",
             kind="elementwise",
@@ -114,7 +177,7 @@ def pre_attention(model: MoEModel, tokens: Number) -> list[Operator]:
             name="pack_qkv",
             kind="elementwise",
             flops=0.0 * tokens,
-            activation_bytes=2 * tokens * (rotated + model.kv_size) * b,
+            activation_bytes=2 * tokens * (queries + cached) * b,
             rows=tokens,
             launches=10,
         ),
@@ -126,6 +189,8 @@ def attention_core(
     sequences: Number,
     context: Number,
     *,
+    layer: Layer | None = None,
+    cross: bool = False,
     query_len: Number = 1,
     kv_dtype_bytes: float | None = None,
     count: Literal["exact", "paper"] = "exact",
@@ -134,9 +199,14 @@ def attention_core(
 
     Parameters
     ----------
+    layer : Layer, optional
+        By default the model's layer with the most experts. A window cuts the context.
+    cross : bool
+        The layer's attention over the encoder's output instead of its own.
     count : {"exact", "paper"}
-        ``exact`` counts 4d FLOPs per query head and context token; ``paper`` counts 2d + 2, as the
-        authors' Fig. 4 does (it leaves out the product with V), and gives queries the KV cache's type.
+        ``exact`` counts both products (4d FLOPs per query head and context token; more with MLA);
+        ``paper`` counts 2d + 2, as the authors' Fig. 4 does (it leaves out the product with V), and
+        gives queries the KV cache's type.
 
     References
     ----------
@@ -148,79 +218,154 @@ def attention_core(
     >>> round(attention_core(mixtral, 1, 512, count="paper").intensity, 1)
     2.0
     """
+    layer = layer or model.main_layer
+    attention = layer.cross_attention if cross and layer.cross_attention else layer.attention
     b = model.dtype_bytes
-    kv_b = b if kv_dtype_bytes is None else kv_dtype_bytes
-    per_pair = 4 * model.head_dim if count == "exact" else 2 * model.head_dim + 2
+    kv_b = model.kv_dtype_bytes if kv_dtype_bytes is None else kv_dtype_bytes
+    seen = seen_tokens(attention, context)
+    pair = attention.pair_flops if count == "exact" else attention.num_heads * (2 * attention.head_dim + 2)
     return Operator(
         name="attention",
         kind="attention",
-        flops=sequences * query_len * context * model.num_heads * per_pair,
-        activation_bytes=2 * sequences * query_len * model.q_size * (b if count == "exact" else kv_b),
-        kv_bytes=2 * sequences * context * model.kv_size * kv_b,
-        rows=context,
+        flops=sequences * query_len * seen * pair,
+        activation_bytes=sequences
+        * query_len
+        * (attention.query_size + attention.attended_size)
+        * (b if count == "exact" else kv_b),
+        kv_bytes=sequences * seen * attention.kv_elements * kv_b,
+        rows=seen,
         launches=3,
     )
 
 
-def expert_ffn(model: MoEModel, tokens: Number) -> Operator:
-    """The expert FFNs of one layer on `tokens` tokens, only the experts that are expected to be active."""
-    h, i, b = model.hidden_size, model.intermediate_size, model.dtype_bytes
-    active = distinct_experts(model, tokens)
-    routed = tokens * model.top_k
+def expert_ffn(model: MoEModel, tokens: Number, layer: Layer | None = None) -> Operator:
+    """The routed experts of one layer on `tokens` tokens, only those that are expected to be active.
+
+    A dense FFN counts as one expert that takes every token.
+    """
+    ffn = (layer or model.main_layer).ffn
+    h, i, b = model.hidden_size, ffn.intermediate_size, model.dtype_bytes
+    active = active_experts(ffn, tokens)
+    routed = tokens * ffn.top_k
     return Operator(
-        name="experts",
-        kind="experts",
-        flops=6 * routed * h * i,
-        weight_bytes=active * model.expert_bytes,
+        name="experts" if ffn.routed else "ffn",
+        kind="experts" if ffn.routed else "gemm",
+        flops=2 * ffn.matrices * routed * h * i,
+        weight_bytes=active * ffn.expert_parameters * model.expert_element_bytes,
         activation_bytes=2 * routed * (h + i) * b,
         rows=routed / active,
-        launches=8 * active + 8,
+        launches=8 * active + 8 if ffn.routed else ffn.matrices + 1,
     )
 
 
-def post_attention(model: MoEModel, tokens: Number) -> list[Operator]:
-    """PostAttn: O projection, residual, norm, router, experts of `tokens` tokens."""
-    h, b = model.hidden_size, model.dtype_bytes
-    residual = Operator(
+def _residual(model: MoEModel, tokens: Number) -> Operator:
+    return Operator(
         name="residual",
         kind="elementwise",
-        flops=2 * tokens * h,
-        activation_bytes=6 * tokens * h * b,
+        flops=2 * tokens * model.hidden_size,
+        activation_bytes=6 * tokens * model.hidden_size * model.dtype_bytes,
         rows=tokens,
         launches=2,
+        replicated=True,
     )
-    return [
-        _gemm(model, tokens, model.q_size, h, "o_proj"),
-        residual,
+
+
+def post_attention(model: MoEModel, tokens: Number, layer: Layer | None = None) -> list[Operator]:
+    """PostAttn: O projection, residual, norm, router, shared and routed experts of `tokens` tokens."""
+    return [*after_attention(model, tokens, layer), expert_ffn(model, tokens, layer)]
+
+
+def after_attention(model: MoEModel, tokens: Number, layer: Layer | None = None) -> list[Operator]:
+    """PostAttn without the routed experts: what stays on the GPU wherever those run."""
+    layer = layer or model.main_layer
+    ffn, h = layer.ffn, model.hidden_size
+    operators = [
+        _gemm(model, tokens, layer.attention.output_projections, "o_proj"),
+        _residual(model, tokens),
         _norm(model, tokens, "post_norm"),
-        _gemm(model, tokens, h, model.num_experts, "router", launches=5),
-        expert_ffn(model, tokens),
+    ]
+    if ffn.routed:
+        router = Projection("router", h, ffn.num_experts, h * ffn.num_experts)
+        operators.append(_gemm(model, tokens, (router,), "router", launches=5))
+    if ffn.shared_size:
+        shared = Projection("shared", h, ffn.matrices * ffn.shared_size, ffn.matrices * h * ffn.shared_size)
+        operators.append(_gemm(model, tokens, (shared,), "shared_experts", launches=ffn.matrices + 1))
+    return operators
+
+
+def prefill_layer(
+    model: MoEModel, tokens: Number, pairs: Number, longest: Number, layer: Layer | None = None
+) -> list[Operator]:
+    """A whole layer on `tokens` prompt tokens with `pairs` causal query-key pairs (before any window)."""
+    layer = layer or model.main_layer
+    window = layer.attention.window
+    if window is not None:
+        pairs = pairs * causal_pairs(longest, window) / causal_pairs(longest)
+    return [
+        *pre_attention(model, tokens, layer),
+        _prefill_attention(model, tokens, pairs, longest, layer),
+        *post_attention(model, tokens, layer),
     ]
 
 
-def prefill_layer(model: MoEModel, tokens: Number, pairs: Number, longest: Number) -> list[Operator]:
-    """A whole layer on `tokens` prompt tokens with `pairs` causal query-key pairs."""
-    attention = Operator(
+def encoder_layer(model: MoEModel, tokens: Number, pairs: Number, longest: Number, layer: Layer) -> list[Operator]:
+    """A layer of an encoder on `tokens` prompt tokens; `pairs` are all pairs, in both directions."""
+    return [
+        *pre_attention(model, tokens, layer),
+        _prefill_attention(model, tokens, pairs, longest, layer),
+        *post_attention(model, tokens, layer),
+    ]
+
+
+def _prefill_attention(model: MoEModel, tokens: Number, pairs: Number, longest: Number, layer: Layer) -> Operator:
+    attention = layer.attention
+    # Heads are expanded: with MLA, keys and values of every head are made from the latent vector first.
+    widths = (attention.num_heads + attention.num_kv_heads) * (attention.head_dim + attention.value_dim)
+    return Operator(
         name="causal_attention",
         kind="causal_attention",
-        flops=4 * pairs * model.q_size,
-        activation_bytes=tokens * (2 * model.q_size + 2 * model.kv_size) * model.dtype_bytes,
+        flops=pairs * attention.prefill_pair_flops,
+        activation_bytes=tokens * widths * model.dtype_bytes,
         rows=longest,
         launches=4,
     )
-    return [*pre_attention(model, tokens), attention, *post_attention(model, tokens)]
+
+
+def cross_attention_queries(model: MoEModel, tokens: Number, layer: Layer) -> list[Operator]:
+    """What a decoder layer's attention over the encoder costs the GPU per token: norm, query, output."""
+    if layer.cross_attention is None:
+        return []
+    cross = layer.cross_attention
+    return [
+        _norm(model, tokens, "cross_norm"),
+        _gemm(model, tokens, cross.query_projections, "cross_q_proj"),
+        _gemm(model, tokens, cross.output_projections, "cross_o_proj"),
+        _residual(model, tokens),
+    ]
+
+
+def cross_attention_keys(model: MoEModel, tokens: Number, layer: Layer) -> list[Operator]:
+    """Keys and values of the encoder's `tokens` outputs for one decoder layer, made once."""
+    if layer.cross_attention is None:
+        return []
+    return [_gemm(model, tokens, layer.cross_attention.kv_projections, "cross_kv_proj")]
 
 
 def sampling(model: MoEModel, tokens: Number) -> list[Operator]:
     """Final norm, LM head and arg-max of `tokens` sequences."""
+    h, vocab = model.hidden_size, model.vocab_size
+    head = replace(
+        _gemm(model, tokens, (Projection("lm_head", h, vocab, h * vocab),), "lm_head"),
+        weight_bytes=h * vocab * model.dtype_bytes,
+    )
     return [
         _norm(model, tokens, "final_norm"),
-        _gemm(model, tokens, model.hidden_size, model.vocab_size, "lm_head"),
+        head,
         Operator(
             name="argmax",
             kind="elementwise",
-            flops=tokens * model.vocab_size,
-            activation_bytes=tokens * model.vocab_size * model.dtype_bytes,
+            flops=tokens * vocab,
+            activation_bytes=tokens * vocab * model.dtype_bytes,
             rows=tokens,
             launches=2,
         ),

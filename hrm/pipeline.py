@@ -9,6 +9,7 @@ from functools import cached_property
 from typing import Any
 
 from hrm.errors import InvalidValue
+from hrm.layers import Attention
 from hrm.model import MoEModel
 
 __all__ = ["ACTIVATION_SLOTS", "FFN_CHUNK_ROWS", "LOOKAHEAD", "PINNED_PAGES", "BatchShape", "length_blocks"]
@@ -127,12 +128,17 @@ def page_bytes(streamed_bytes: Any, pages: Any) -> Any:
 
 def activation_bytes(model: MoEModel, tokens: Any) -> Any:
     """Device bytes of one decode slot: Q, K, V and attention output of `tokens` sequences."""
-    return tokens * (2 * model.q_size + 2 * model.kv_size) * model.dtype_bytes
+    widths = [(a.query_size + a.kv_elements + a.attended_size) for a in _attentions(model)]
+    return tokens * max(widths) * model.dtype_bytes
 
 
 def prefill_slot_bytes(model: MoEModel, tokens: Any) -> Any:
     """Device bytes of one prefill slot: hidden states, keys and values of `tokens` tokens."""
-    return tokens * (model.hidden_size + 2 * model.kv_size) * model.dtype_bytes
+    return tokens * (model.hidden_size + max(a.kv_elements for a in _attentions(model))) * model.dtype_bytes
+
+
+def _attentions(model: MoEModel) -> list[Attention]:
+    return [layer.attention for layer in model.kinds]
 
 
 def workspace_bytes(model: MoEModel, tokens: Any, sequences: Any) -> Any:
@@ -153,6 +159,7 @@ def workspace_bytes(model: MoEModel, tokens: Any, sequences: Any) -> Any:
     attention = tokens * (b * (2 * h + wide + 6 * model.q_size) + 12 * h + 8 * model.head_dim)
     chunk = np.minimum(tokens, FFN_CHUNK_ROWS)
     routing = tokens * (16.0 * model.num_experts + 48 * model.top_k)
-    ffn = b * (3 * tokens * h + chunk * (2 * h + 4 * model.intermediate_size)) + 12 * tokens * h + routing
+    inner = max(max(layer.ffn.intermediate_size, layer.ffn.shared_size) for layer in model.kinds)
+    ffn = b * (3 * tokens * h + chunk * (2 * h + 4 * inner)) + 12 * tokens * h + routing
     head = sequences * (model.vocab_size * b + 4 * h * b + 12 * h)
     return np.maximum(np.maximum(attention, ffn), head) + math.ldexp(1, 16)

@@ -1,35 +1,135 @@
-"""The Hierarchical Roofline Model: roofs, turning points, balance point, and the ceiling of a run."""
+"""The Hierarchical Roofline Model: roofs of any number of memory levels, turning points, balance point."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
-from hrm.hardware import Hardware, Rates
-from hrm.model import MoEModel
-from hrm.operators import Operator, distinct_experts
+from hrm.errors import InvalidValue
+from hrm.hardware import Hardware, Link
+from hrm.operators import Operator
 
-__all__ = ["RooflinePoint", "attainable", "physical_bound", "roofline_point", "turning_points"]
+__all__ = [
+    "RooflinePoint",
+    "attainable",
+    "balance_point",
+    "link_path",
+    "performance",
+    "roofline_point",
+    "roofs",
+    "turning_points",
+]
 
 
 def attainable(peak_flops: Any, bandwidth: Any, intensity: Any) -> Any:
-    """Eq. 8: min(P, B·I), the roof of a processor whose data is local."""
+    """Eq. 4, 5 and 8: min(P, B·I), the roof of a processor whose data is local."""
     return np.minimum(peak_flops, bandwidth * intensity)
 
 
-def turning_points(
-    hardware: Hardware, *, gpu_intensity: Any, cpu_intensity: Any, link_bandwidth: float | None = None
-) -> tuple[Any, Any]:
-    """P1 and P2 of an operator whose data lies in CPU memory.
+def link_path(hardware: Hardware, source: str, target: str) -> list[Link]:
+    """The links that data takes from one memory level to another, through others where it has to.
 
-    Below P1 it never pays to move the data to the GPU; below P2 the link binds the operator on the GPU.
+    Raises
+    ------
+    InvalidValue
+        If no chain of links connects them.
+    """
+    paths: list[list[Link]] = [[link] for link in hardware.links if link.source == source]
+    seen = {source}
+    while paths:
+        path = paths.pop(0)
+        here = path[-1].target
+        if here == target:
+            return path
+        if here not in seen:
+            seen.add(here)
+            paths += [[*path, link] for link in hardware.links if link.source == here]
+    raise InvalidValue(f"{hardware.name} has no link from {source!r} to {target!r}.")
+
+
+def roofs(
+    hardware: Hardware, intensity: Mapping[str, float], *, run_on: str, data_on: str | None = None
+) -> dict[str, float]:
+    """Every roof over an operator that runs on one level with its data on another.
+
+    Parameters
+    ----------
+    intensity : mapping
+        I_x^i by level, FLOP per byte that the operator touches there.
+    run_on : str
+        Level i whose processor runs it.
+    data_on : str, optional
+        Level j where its data lies; by default `run_on`.
+
+    Returns
+    -------
+    dict
+        FLOP/s by name of the roof: compute and memory of i, and each link on the way from j, which the data
+        crosses at its intensity in j.
+
+    References
+    ----------
+    MoE-Lightning, Eq. 4-8, for any number of levels.
+
+    Examples
+    --------
+    >>> l4 = Hardware.from_catalog("gcp-l4-1x")
+    >>> roofs(l4, {"gpu": 100.0, "cpu": 50.0}, run_on="gpu", data_on="cpu")["link cpu->gpu"] / 1e9
+    800.0
+    """
+    level = hardware.level(run_on)
+    count = hardware.num_gpus if run_on == "gpu" else 1
+    result = {
+        f"{run_on} compute": count * float(level.peak_flops),
+        f"{run_on} memory": count * float(level.bandwidth) * _at(intensity, run_on),
+    }
+    if data_on is not None and data_on != run_on:
+        for link in link_path(hardware, data_on, run_on):
+            result[f"link {link.source}->{link.target}"] = float(link.bandwidth) * _at(intensity, data_on)
+    return result
+
+
+def _at(intensity: Mapping[str, float], level: str) -> float:
+    if level not in intensity:
+        raise InvalidValue(f"an operational intensity for level {level!r} is needed; given: {', '.join(intensity)}.")
+    return intensity[level]
+
+
+def performance(
+    hardware: Hardware, intensity: Mapping[str, float], *, run_on: str, data_on: str | None = None
+) -> tuple[float, str]:
+    """Eq. 7 and 8: attainable FLOP/s of an operator, and the roof that binds it. Parameters as in `roofs`."""
+    all_roofs = roofs(hardware, intensity, run_on=run_on, data_on=data_on)
+    binding = min(all_roofs, key=lambda name: all_roofs[name])
+    return all_roofs[binding], binding
+
+
+def _link_bandwidth(hardware: Hardware, upper: str, lower: str) -> float:
+    return min(float(link.bandwidth) for link in link_path(hardware, lower, upper))
+
+
+def turning_points(
+    hardware: Hardware,
+    *,
+    gpu_intensity: Any,
+    cpu_intensity: Any,
+    link_bandwidth: float | None = None,
+    upper: str = "gpu",
+    lower: str = "cpu",
+) -> tuple[Any, Any]:
+    """P1 and P2 of an operator whose data lies in the lower level (CPU memory).
+
+    Below P1 it never pays to move the data up; below P2 the link binds the operator on the upper level.
 
     Parameters
     ----------
     gpu_intensity, cpu_intensity : float
-        I_x^i and I_x^j: FLOPs per byte that the operator touches in each level.
+        I_x^i and I_x^j: FLOPs per byte that the operator touches in the upper and in the lower level.
+    upper, lower : str
+        Levels i and j.
 
     Returns
     -------
@@ -39,11 +139,31 @@ def turning_points(
     ----------
     MoE-Lightning, Eq. 9 and 10.
     """
-    link = float(hardware.h2d.bandwidth) if link_bandwidth is None else link_bandwidth
-    cpu, gpu = hardware.cpu, hardware.gpu
-    p1 = attainable(float(cpu.peak_flops), float(cpu.bandwidth), cpu_intensity) / link
-    p2 = attainable(float(gpu.peak_flops), float(gpu.bandwidth), gpu_intensity) / link
+    link = _link_bandwidth(hardware, upper, lower) if link_bandwidth is None else link_bandwidth
+    below, above = hardware.level(lower), hardware.level(upper)
+    count = hardware.num_gpus if upper == "gpu" else 1
+    p1 = attainable(float(below.peak_flops), float(below.bandwidth), cpu_intensity) / link
+    p2 = attainable(count * float(above.peak_flops), count * float(above.bandwidth), gpu_intensity) / link
     return p1, p2
+
+
+def balance_point(hardware: Hardware, *, gpu_intensity: Any, upper: str = "gpu", lower: str = "cpu") -> Any:
+    """Intensity in the lower level at which link and upper memory bind alike: B^i·I_x^i = B^{j,i}·I_x^j.
+
+    A batch beyond it gains nothing until kernels grow with it.
+
+    References
+    ----------
+    MoE-Lightning, Eq. 11.
+
+    Examples
+    --------
+    >>> balance_point(Hardware.from_catalog("gcp-l4-1x"), gpu_intensity=32.0)
+    600.0
+    """
+    count = hardware.num_gpus if upper == "gpu" else 1
+    memory = count * float(hardware.level(upper).bandwidth)
+    return memory * gpu_intensity / _link_bandwidth(hardware, upper, lower)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -58,7 +178,19 @@ class RooflinePoint:
     """Best of computing on the GPU (Eq. 7) and on the CPU (Eq. 8)."""
     p1: float
     p2: float
+    balance: float
+    """Intensity in CPU memory at which link and GPU memory bind alike (Eq. 11)."""
     bound_by: str
+    on_gpu_flops: float
+    """Attainable on the GPU with the data in CPU memory (Eq. 7)."""
+    on_cpu_flops: float
+    """Attainable on the CPU (Eq. 8)."""
+
+
+_NAMES = {"gpu compute": "GPU compute", "gpu memory": "GPU memory", "link cpu->gpu": "link"} | {
+    "cpu compute": "CPU compute",
+    "cpu memory": "CPU memory",
+}
 
 
 def roofline_point(hardware: Hardware, op: Operator, *, batch: int, kernel_op: Operator | None = None) -> RooflinePoint:
@@ -72,78 +204,20 @@ def roofline_point(hardware: Hardware, op: Operator, *, batch: int, kernel_op: O
         The same operator on one micro-batch, which decides the GPU-side intensity.
     """
     kernel = kernel_op or op
-    cpu_i, gpu_i = float(op.intensity), float(kernel.intensity)
-    p1, p2 = turning_points(hardware, gpu_intensity=gpu_i, cpu_intensity=cpu_i)
-    gpu, cpu = hardware.gpu, hardware.cpu
-    roofs = {
-        "GPU compute": float(gpu.peak_flops),
-        "GPU memory": float(gpu.bandwidth) * gpu_i,
-        "link": float(hardware.h2d.bandwidth) * cpu_i,
-    }
-    on_gpu = min(roofs.values())
-    on_cpu = float(attainable(float(cpu.peak_flops), float(cpu.bandwidth), cpu_i))
-    if on_cpu > on_gpu:
-        bound = "CPU compute" if on_cpu >= float(cpu.peak_flops) else "CPU memory"
-    else:
-        bound = min(roofs, key=lambda key: roofs[key])
+    intensity = {"cpu": float(op.intensity), "gpu": float(kernel.intensity)}
+    p1, p2 = turning_points(hardware, gpu_intensity=intensity["gpu"], cpu_intensity=intensity["cpu"])
+    on_gpu, gpu_roof = performance(hardware, intensity, run_on="gpu", data_on="cpu")
+    on_cpu, cpu_roof = performance(hardware, intensity, run_on="cpu")
+    bound = cpu_roof if on_cpu > on_gpu else gpu_roof
     return RooflinePoint(
         name=op.name,
         batch=batch,
-        intensity={"gpu": gpu_i, "cpu": cpu_i},
+        intensity=intensity,
         attainable_flops=max(on_gpu, on_cpu),
         p1=float(p1),
         p2=float(p2),
-        bound_by=bound,
+        balance=float(balance_point(hardware, gpu_intensity=intensity["gpu"])),
+        bound_by=_NAMES.get(bound, bound),
+        on_gpu_flops=on_gpu,
+        on_cpu_flops=on_cpu,
     )
-
-
-def physical_bound(
-    model: MoEModel,
-    rates: Rates,
-    *,
-    batch_size: int,
-    prompt_tokens: int,
-    pairs: int,
-    gen_len: int,
-    weights_on_gpu: float,
-) -> float:
-    """Tokens/s that no schedule of this policy can pass, attention on the CPU and experts on the GPU.
-
-    Each resource must do its whole work, however well phases and steps overlap; the busiest one bounds.
-
-    Parameters
-    ----------
-    prompt_tokens, pairs : int
-        Prompt tokens and causal query-key pairs of the batch.
-
-    Returns
-    -------
-    float
-        Generated tokens per second, at the highest rate of every curve.
-    """
-    layers, steps = model.num_layers, gen_len - 1
-    streamed = (1 - weights_on_gpu) * model.layer_expert_bytes
-    active = float(distinct_experts(model, batch_size)) * model.expert_bytes
-    dense_flops = 2 * model.attention_parameters
-    expert_flops = 6 * model.top_k * model.hidden_size * model.intermediate_size
-    head_flops = 2 * model.hidden_size * model.vocab_size
-    tokens = prompt_tokens + batch_size * steps
-    gpu_flops = (
-        layers * (tokens * (dense_flops + expert_flops) + 4 * pairs * model.q_size) + batch_size * gen_len * head_flops
-    )
-    kv_read = layers * model.kv_token_bytes * (prompt_tokens * steps + batch_size * steps * (steps + 1) / 2)
-    peak = max(rates.gpu_gemm.peak, rates.gpu_experts.peak, rates.gpu_attention.peak)
-    qkv = (model.q_size + 2 * model.kv_size) * model.dtype_bytes
-    seconds = [
-        layers * (steps + 1) * streamed / rates.h2d_bandwidth,
-        layers * steps * batch_size * qkv / rates.d2h_bandwidth,
-        gpu_flops / peak,
-        layers * steps * active / max(rates.gpu_bandwidth, peak / 2),
-        kv_read / max(rates.cpu_attention.peak, rates.dram_bandwidth),
-    ]
-    if rates.cpu_attention_flops is not None:
-        per_byte = 2 * model.num_heads / model.num_kv_heads / model.dtype_bytes
-        seconds.append(kv_read * per_byte / rates.cpu_attention_flops)
-    if rates.cores is not None:
-        seconds.append((gpu_flops / peak + kv_read / rates.cpu_attention.peak) / rates.cores.peak)
-    return batch_size * gen_len / max(seconds)

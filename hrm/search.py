@@ -1,151 +1,45 @@
-"""The planner: an exhaustive, vectorised search for the policy with the highest predicted throughput."""
+"""The planner: every policy in its grid, the best by predicted throughput; or a given policy, evaluated."""
 
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import replace
+from typing import Any, Literal, NoReturn
 
 import numpy as np
 
-from hrm.errors import InvalidValue, PolicyInfeasible
+from hrm.bound import Bound, physical_bound
+from hrm.errors import DoesNotFit, InvalidValue, PolicyInfeasible
 from hrm.hardware import Hardware, Rates
-from hrm.latency import Estimate, estimate
-from hrm.memory import Footprint, check_fits, footprint, usable_bytes
+from hrm.latency import Estimate, estimate, placement_of
+from hrm.memory import Footprint, check_fits, usable_bytes
 from hrm.model import MoEModel
-from hrm.pipeline import length_blocks
+from hrm.paper import MAX_MICRO_BATCH, MAX_MICRO_BATCHES, paper_problem
+from hrm.plan import Plan
 from hrm.policy import Policy
-from hrm.roofline import physical_bound
-from hrm.units import format_bytes, format_seconds
+from hrm.problem import (
+    Problem,
+    grid_sizes,
+    placements,
+    prompt_tokens,
+    run_phases,
+    throughput_problem,
+    workload_footprint,
+)
+from hrm.solvers import Solution, solve_grid, solve_milp, solved_grid
+from hrm.task_times import TaskTimes
+from hrm.terms import Sizes
+from hrm.units import format_bytes
 from hrm.workload import Workload
 
-__all__ = ["Plan", "evaluate", "plan"]
+__all__ = ["evaluate", "plan"]
 
-_SIMPLE_MICRO_BATCHES = 128
+Objective = Literal["throughput", "paper"]
+Solver = Literal["grid", "milp"]
+
 _MAX_MICRO_BATCH = 1024
 _MAX_MICRO_BATCHES = 256
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Plan:
-    """A policy with what the closed-form model says of it."""
-
-    model: MoEModel
-    hardware: Hardware
-    workload: Workload
-    policy: Policy
-    estimate: Estimate
-    memory: Footprint
-    bound_tok_s: float
-    """Ceiling on tokens/s for this policy, see `hrm.roofline.physical_bound`."""
-    rate_set: str
-    evaluated: int
-    """Policies looked at."""
-    seconds: float
-
-    def to_dict(self) -> dict[str, Any]:
-        """The JSON of ``hrm plan``: SI numbers under stable keys."""
-        return {
-            "model": self.model.name,
-            "hardware": self.hardware.name,
-            "workload": self.workload.name,
-            "efficiency": self.rate_set,
-            "policy": self.policy.to_dict(),
-            "predicted": {
-                "throughput_tok_s": float(self.estimate.throughput),
-                "prefill_s": float(self.estimate.prefill_s),
-                "decode_s": float(self.estimate.decode_s),
-                "layer_s": float(self.estimate.layer_s),
-                "bottleneck": self.estimate.bottleneck,
-                "layer_terms_s": {key: float(value) for key, value in self.estimate.terms.items()},
-            },
-            "memory": self.memory.to_dict(),
-            "bound_tok_s": self.bound_tok_s,
-            "search": {"evaluated": self.evaluated, "seconds": self.seconds},
-        }
-
-    def to_frame(self) -> Any:
-        """One row per resource: seconds per decode layer and share of the binding one."""
-        import pandas as pd
-
-        terms = {key: float(value) for key, value in self.estimate.terms.items()}
-        frame = pd.DataFrame({"seconds_per_layer": terms})
-        frame["share_of_bottleneck"] = frame["seconds_per_layer"] / frame["seconds_per_layer"].max()
-        return frame.sort_values("seconds_per_layer", ascending=False)
-
-    def __str__(self) -> str:
-        e = self.estimate
-        lines = [
-            f"{self.model.name} on {self.hardware.name}, {self.workload} (efficiency: {self.rate_set})",
-            f"  policy      {self.policy}",
-            f"  predicted   {e.throughput:.4g} tok/s  (prefill {format_seconds(float(e.prefill_s))}, "
-            f"decode {format_seconds(float(e.decode_s))}, layer {format_seconds(float(e.layer_s))})",
-            f"  bound       {self.bound_tok_s:.4g} tok/s; decode is bound by the {e.bottleneck}",
-            f"  memory      GPU {format_bytes(self.memory.gpu_bytes)}, CPU {format_bytes(self.memory.cpu_bytes)}",
-            f"  search      {self.evaluated:,} policies in {format_seconds(self.seconds)}",
-        ]
-        if self.rate_set == "spec":
-            lines.append("  note        data-sheet rates: an upper bound, no kernel attains it")
-        return "\n".join(lines)
-
-    def _repr_html_(self) -> str:
-        return f"<pre>{self}</pre>" + self.to_frame().to_html(float_format=lambda x: f"{x:.4g}")
-
-
-def _prompt_tokens(workload: Workload, batch_size: Any) -> Any:
-    """Prompt tokens of the first `batch_size` requests."""
-    if workload.padded or not workload.prompt_lens:
-        return batch_size * workload.effective_prompt
-    lens = np.array(workload.prompt_lens)
-    sums = np.concatenate(([0], np.cumsum(lens)))
-    rounds, rest = np.divmod(np.asarray(batch_size, dtype=int), len(lens))
-    return (rounds * sums[-1] + sums[rest]).astype(float)
-
-
-def _footprint(model: MoEModel, workload: Workload, mu: Any, g: Any, r_w: Any, batch_size: Any = None) -> Footprint:
-    """Memory of a policy on a workload; with known lengths, for the heaviest micro-batch of Algorithm 2."""
-    n = mu * g if batch_size is None else batch_size
-    tokens = _prompt_tokens(workload, n)
-    cached, heaviest = tokens, np.maximum(np.ceil(tokens / n * mu), workload.prompt_max)
-    if workload.prompt_lens and not workload.padded:
-        lens = sorted(workload.prompt_lens, reverse=True)
-        stored = sum((stop - start) * longest for start, stop, longest in length_blocks(lens))
-        cached = tokens * stored / sum(lens)
-        heaviest = np.minimum(tokens / n * mu + workload.prompt_max, mu * workload.prompt_max)
-    return footprint(
-        model,
-        batch_size=n,
-        micro_batch_size=mu,
-        num_micro_batches=g,
-        weights_on_gpu=r_w,
-        micro_batch_tokens=heaviest,
-        batch_tokens=cached,
-        longest_prompt=workload.prompt_max,
-        gen_len=workload.gen_len,
-    )
-
-
-def _check_request(model: MoEModel, workload: Workload) -> None:
-    longest = workload.prompt_max + workload.gen_len
-    if longest > model.max_positions:
-        raise PolicyInfeasible(
-            f"prompt {workload.prompt_max} + gen_len {workload.gen_len} = {longest} tokens, and "
-            f"{model.name} has {model.max_positions} positions; shorten one of them."
-        )
-
-
-def _bound(model: MoEModel, rates: Rates, workload: Workload, policy: Policy) -> float:
-    n = policy.batch_size
-    prompt = float(_prompt_tokens(workload, n)) / n
-    return physical_bound(
-        model,
-        rates,
-        batch_size=n,
-        prompt_tokens=int(n * prompt),
-        pairs=int(n * prompt * (prompt + 1) / 2),
-        gen_len=workload.gen_len,
-        weights_on_gpu=policy.weights_on_gpu,
-    )
+_COARSE = 16
 
 
 def evaluate(
@@ -155,8 +49,14 @@ def evaluate(
     policy: Policy,
     *,
     efficiency: str | None = None,
+    objective: Objective = "throughput",
 ) -> Plan:
     """Predict a given policy instead of searching for one.
+
+    Parameters
+    ----------
+    objective : {"throughput", "paper"}
+        A whole run as `hrm.latency.estimate` sees it, or the authors' decode throughput (`hrm.paper`).
 
     Raises
     ------
@@ -164,32 +64,13 @@ def evaluate(
         If it needs more memory than the machine has.
     """
     started = time.perf_counter()
-    _check_request(model, workload)
-    rates = hardware.rates(efficiency)
-    mu, g = policy.micro_batch_size, policy.num_micro_batches
-    memory = _footprint(model, workload, mu, g, policy.weights_on_gpu, policy.batch_size)
+    _check_request(model, workload, objective)
+    rates = hardware.rates(_rate_set(hardware, efficiency, objective))
+    if objective == "paper":
+        return _paper_plan(model, hardware, workload, rates, policy, started=started, evaluated=1, solver="none")
+    memory = _policy_memory(model, hardware, workload, policy)
     check_fits(memory, hardware)
-    result = estimate(
-        model,
-        rates,
-        micro_batch_size=policy.batch_size / g,
-        num_micro_batches=g,
-        prompt_len=float(_prompt_tokens(workload, policy.batch_size)) / policy.batch_size,
-        gen_len=workload.gen_len,
-        weights_on_gpu=policy.weights_on_gpu,
-    )
-    return Plan(
-        model=model,
-        hardware=hardware,
-        workload=workload,
-        policy=policy,
-        estimate=result,
-        memory=memory,
-        bound_tok_s=_bound(model, rates, workload, policy),
-        rate_set=rates.provenance,
-        evaluated=1,
-        seconds=time.perf_counter() - started,
-    )
+    return _plan_of(model, hardware, workload, rates, policy, started=started, evaluated=1, solver="none")
 
 
 def plan(
@@ -198,25 +79,37 @@ def plan(
     workload: Workload,
     *,
     efficiency: str | None = None,
+    objective: Objective = "throughput",
+    solver: Solver = "grid",
+    attention_on_gpu: bool | None = None,
+    ffn_on_gpu: bool | None = None,
     max_batch_size: int | None = None,
     num_requests: int | None = None,
+    resolution: Literal["fine", "coarse"] = "fine",
 ) -> Plan:
-    """Search a grid of (μ, G) for the policy with the highest predicted throughput.
+    """Search all policies (N, μ, A_g, F_g, r_w, r_c) for the one with the highest predicted throughput.
 
-    Sizes to 128 are all tried, larger ones (μ to 1024, G to 256) in steps of less than 4 %.
-
-    For each point the largest r_w that both memories allow is taken: more resident weights never make
-    a layer slower, so the optimum lies on that edge. Attention runs on the CPU and experts on the GPU.
+    Sizes to 128 are all tried, larger ones (μ to 1024, G to 256) in steps of less than 4 %, for both places of
+    attention and of the experts; the best shares r_w and r_c of every point come in closed form. GPUs of a
+    machine work together by tensor parallelism.
 
     Parameters
     ----------
     efficiency : {"fitted", "measured", "paper", "spec"}, optional
-        Which rates of the machine to use; by default the best it has.
+        Which rates of the machine to use; by default the best it has ("paper" for the paper's objective).
+    objective : {"throughput", "paper"}
+        Tokens/s of a whole run, prefill included; or the authors' own problem, see `hrm.paper`.
+    solver : {"grid", "milp"}
+        Exhaustive and vectorised, or mixed-integer programming (needs pulp). They agree.
+    attention_on_gpu, ffn_on_gpu : bool, optional
+        Only policies with attention, or experts, there; by default either.
     max_batch_size : int, optional
         Largest N.
     num_requests : int, optional
         Requests that wait. The policy is then the one that answers all of them soonest, the last, partial
         batch included; N is at most this. By default requests never end.
+    resolution : {"fine", "coarse"}
+        The whole grid; or a twelfth of it, and then every size near the best (for sweeps over many machines).
 
     Returns
     -------
@@ -235,108 +128,307 @@ def plan(
     True
     """
     started = time.perf_counter()
-    _check_request(model, workload)
+    _check_request(model, workload, objective)
     if max_batch_size is not None and max_batch_size < 1:
         raise InvalidValue(f"'max_batch_size' must be >= 1: {max_batch_size}")
     if num_requests is not None:
         if num_requests < 1:
             raise InvalidValue(f"'num_requests' must be >= 1: {num_requests}")
         max_batch_size = min(num_requests, max_batch_size or num_requests)
-    rates = hardware.rates(efficiency)
-    sizes = _sizes(_MAX_MICRO_BATCH)
-    counts = _sizes(_MAX_MICRO_BATCHES)
-    if max_batch_size is not None:
-        sizes = sizes[sizes <= max_batch_size]
-    mu, g = (axis.ravel().astype(float) for axis in np.meshgrid(sizes, counts, indexing="ij"))
-    if max_batch_size is not None:
-        keep = mu * g <= max_batch_size
-        mu, g = mu[keep], g[keep]
-    gpu_room, cpu_room = usable_bytes(hardware)
-    none, full = _footprint(model, workload, mu, g, 0.0), _footprint(model, workload, mu, g, 1.0)
-    # Both totals are linear in r_w: the largest r_w the GPU allows, the smallest the CPU needs.
-    slope_gpu, slope_cpu = full.gpu_bytes - none.gpu_bytes, none.cpu_bytes - full.cpu_bytes
-    with np.errstate(divide="ignore", invalid="ignore"):
-        most = (gpu_room - none.gpu_bytes) / slope_gpu
-    if slope_gpu.min() <= 0:  # fewer than three layers: buffers cost more than they save
-        most = np.where(slope_gpu <= 0, np.where(full.gpu_bytes <= gpu_room, 1.0, -1.0), most)
-    least = (none.cpu_bytes - cpu_room) / slope_cpu
-    r_w = np.clip(most, 0.0, 1.0)
-    feasible = (most >= 0) & (r_w >= least - 1e-12)
-    if not feasible.any():
-        _explain_infeasible(model, hardware, workload)
-    mu, g, r_w, least = mu[feasible], g[feasible], r_w[feasible], least[feasible]
+    if resolution not in ("fine", "coarse"):
+        raise InvalidValue(f"'resolution' must be 'fine' or 'coarse': {resolution!r}")
+    if objective == "paper" and (num_requests is not None or attention_on_gpu or ffn_on_gpu is False):
+        raise InvalidValue(
+            "the authors' problem has attention on the CPU, experts on the GPU and requests without end; "
+            "use the objective 'throughput'."
+        )
+    limit = max_batch_size or _MAX_MICRO_BATCH * _MAX_MICRO_BATCHES
+
+    def search(machine: Hardware, sizes: np.ndarray, counts: np.ndarray) -> Plan:
+        begun = time.perf_counter()
+        grids = {"micro_batch": sizes[sizes <= limit], "micro_batches": counts[counts <= limit]}
+        rates = machine.rates(_rate_set(machine, efficiency, objective))
+        if objective == "paper":
+            problems = [paper_problem(model, machine, rates, workload, max_batch_size=max_batch_size, **grids)]
+        else:
+            problems = [
+                throughput_problem(model, machine, rates, workload, place, max_batch_size=max_batch_size, **grids)
+                for place in placements(attention_on_gpu, ffn_on_gpu)
+            ]
+        if solver == "milp":
+            found = solve_milp(problems)
+        elif num_requests is not None:
+            found = _soonest(problems, model, machine, rates, workload, num_requests)
+        else:
+            found = solve_grid(problems)
+        if found is None:
+            _explain_infeasible(model, machine, workload, problems[0])
+        evaluated = sum(int(np.broadcast_to(problem.allowed, problem.shape).sum()) for problem in problems)
+        policy = _policy_of(found)
+        make = _paper_plan if objective == "paper" else _plan_of
+        return make(model, machine, workload, rates, policy, started=begun, evaluated=evaluated, solver=solver)
+
+    def coarse(machine: Hardware, around: Policy | None = None) -> Plan:
+        sizes = [grid_sizes(most, every_to=_COARSE) for most in (_MAX_MICRO_BATCH, _MAX_MICRO_BATCHES)]
+        if around is not None:
+            chosen = (around.micro_batch_size, around.num_micro_batches)
+            sizes = [np.union1d(axis, [float(size)]) for axis, size in zip(sizes, chosen, strict=True)]
+        return search(machine, *sizes)
+
+    def whole(machine: Hardware) -> Plan:
+        if objective == "paper":
+            every = (np.arange(1.0, MAX_MICRO_BATCH + 1), np.arange(1.0, MAX_MICRO_BATCHES + 1))
+            return search(machine, *every)
+        return search(machine, grid_sizes(_MAX_MICRO_BATCH), grid_sizes(_MAX_MICRO_BATCHES))
+
+    if resolution == "fine":
+        result = whole(hardware)
+    else:
+        first = coarse(hardware)
+        near = [
+            _near(size, most)
+            for size, most in (
+                (first.policy.micro_batch_size, _MAX_MICRO_BATCH),
+                (first.policy.num_micro_batches, _MAX_MICRO_BATCHES),
+            )
+        ]
+        result = search(hardware, *near)
+        result = replace(result, evaluated=first.evaluated + result.evaluated)
+    result = replace(result, seconds=time.perf_counter() - started)
+    return replace(result, _replan=lambda machine: coarse(machine, result.policy))
+
+
+def _near(size: int, largest: int) -> np.ndarray:
+    """Sizes within an eighth of `size`, some thirty of them."""
+    low, high = max(1, size - size // 8 - 1), min(largest, size + size // 8 + 1)
+    return np.unique(np.append(np.arange(low, high + 1, max(1, (high - low) // 30)), size)).astype(float)
+
+
+def _rate_set(hardware: Hardware, efficiency: str | None, objective: Objective) -> str | None:
+    """The paper's objective takes the paper's constants where the machine has them."""
+    if objective not in ("throughput", "paper"):
+        raise InvalidValue(f"'objective' must be 'throughput' or 'paper': {objective!r}")
+    if efficiency is None and objective == "paper" and "paper" in hardware.rate_sets:
+        return "paper"
+    return efficiency
+
+
+def _check_request(model: MoEModel, workload: Workload, objective: Objective) -> None:
+    longest = workload.prompt_max + workload.gen_len
+    if longest > model.max_positions and objective != "paper":
+        raise PolicyInfeasible(
+            f"prompt {workload.prompt_max} + gen_len {workload.gen_len} = {longest} tokens, and "
+            f"{model.name} has {model.max_positions} positions; shorten one of them."
+        )
+    if objective == "paper" and workload.gen_len < 2:
+        raise InvalidValue(f"the authors' objective counts decode steps: 'gen_len' must be >= 2: {workload.gen_len}")
+
+
+def _policy_of(found: Solution) -> Policy:
+    def share(value: float, fixed: float | None) -> float:
+        if fixed is not None:
+            return fixed
+        # Below 1: at 1 nothing would stream at all, which is a placement of its own.
+        return min(value, 1.0 - 1e-9)
+
+    place = found.problem.place
+    w, c = share(found.weights_on_gpu, found.problem.fixed_weights), share(found.kv_on_gpu, found.problem.fixed_kv)
+    policy = Policy(
+        batch_size=found.micro_batch_size * found.num_micro_batches,
+        micro_batch_size=found.micro_batch_size,
+        attention_on_gpu=place.attention_on_gpu,
+        ffn_on_gpu=place.ffn_on_gpu,
+        weights_on_gpu=w,
+        kv_on_gpu=c,
+    )
+    # Shares in millionths, where that still fits: less GPU memory, more host memory.
+    rounded = replace(policy, weights_on_gpu=float(np.floor(w * 1e6) / 1e6), kv_on_gpu=float(np.floor(c * 1e6) / 1e6))
+    at = (
+        int(np.flatnonzero(found.problem.micro_batch[:, 0] == found.micro_batch_size)[0]),
+        int(np.flatnonzero(found.problem.micro_batches[0] == found.num_micro_batches)[0]),
+    )
+    for room in found.problem.rooms:
+        need = room.need.at(rounded.weights_on_gpu, rounded.kv_on_gpu)
+        if np.broadcast_to(need, found.problem.shape)[at] > room.room:
+            return policy
+    return rounded
+
+
+def _policy_memory(model: MoEModel, hardware: Hardware, workload: Workload, policy: Policy) -> Footprint:
+    need: Footprint = workload_footprint(
+        model,
+        workload,
+        placement_of(policy),
+        micro_batch_size=policy.micro_batch_size,
+        num_micro_batches=policy.num_micro_batches,
+        batch_size=policy.batch_size,
+        num_gpus=hardware.num_gpus,
+    )
+    return need.at(policy.weights_on_gpu, policy.kv_on_gpu)
+
+
+def _bound(model: MoEModel, hardware: Hardware, rates: Rates, workload: Workload, policy: Policy) -> Bound:
+    prompt = float(prompt_tokens(workload, policy.batch_size)) / policy.batch_size
+    return physical_bound(model, rates, policy, prompt_len=prompt, gen_len=workload.gen_len, num_gpus=hardware.num_gpus)
+
+
+def _plan_of(
+    model: MoEModel,
+    hardware: Hardware,
+    workload: Workload,
+    rates: Rates,
+    policy: Policy,
+    *,
+    started: float,
+    evaluated: int,
+    solver: str,
+) -> Plan:
     result = estimate(
         model,
         rates,
-        micro_batch_size=mu,
-        num_micro_batches=g,
-        prompt_len=_prompt_tokens(workload, mu * g) / (mu * g),
+        policy,
+        prompt_len=float(prompt_tokens(workload, policy.batch_size)) / policy.batch_size,
         gen_len=workload.gen_len,
-        weights_on_gpu=r_w,
-    )
-    score = result.throughput
-    if num_requests is not None:
-        whole_batches, rest = np.divmod(num_requests, mu * g)
-        last = estimate(
-            model,
-            rates,
-            micro_batch_size=np.minimum(mu, np.maximum(rest, 1)),
-            num_micro_batches=np.maximum(1, np.ceil(rest / mu)),
-            prompt_len=_prompt_tokens(workload, mu * g) / (mu * g),
-            gen_len=workload.gen_len,
-            weights_on_gpu=r_w,
-        )
-        seconds = whole_batches * (result.prefill_s + result.decode_s)
-        seconds = seconds + (rest > 0) * (last.prefill_s + last.decode_s)
-        score = num_requests * workload.gen_len / seconds
-    # Ties go to the smaller batch, then to fewer micro-batches: less memory for the same speed.
-    order = np.lexsort((g, mu * g, -np.round(score, 9)))
-    best = int(order[0])
-    share = float(np.floor(r_w[best] * 1e6) / 1e6)
-    policy = Policy(
-        batch_size=int(mu[best] * g[best]),
-        micro_batch_size=int(mu[best]),
-        weights_on_gpu=share if share >= least[best] else float(r_w[best]),
+        num_gpus=hardware.num_gpus,
     )
     return Plan(
         model=model,
         hardware=hardware,
         workload=workload,
         policy=policy,
-        estimate=result.at(best),
-        memory=_footprint(model, workload, policy.micro_batch_size, policy.num_micro_batches, policy.weights_on_gpu),
-        bound_tok_s=_bound(model, rates, workload, policy),
+        estimate=result,
+        memory=_policy_memory(model, hardware, workload, policy),
+        room=usable_bytes(hardware),
+        bound=_bound(model, hardware, rates, workload, policy),
         rate_set=rates.provenance,
-        evaluated=len(feasible),
+        evaluated=evaluated,
+        solver=solver,
         seconds=time.perf_counter() - started,
     )
 
 
-def _sizes(largest: int) -> np.ndarray:
-    """Every size to 128, then every 4th, 8th, ..: steps stay under 4 % of the value."""
-    sizes = list(range(1, min(largest, _SIMPLE_MICRO_BATCHES) + 1))
-    step = 4
-    while sizes[-1] < largest:
-        sizes.append(sizes[-1] + step)
-        if sizes[-1] >= 2 * _SIMPLE_MICRO_BATCHES * step // 4:
-            step *= 2
-    return np.array([s for s in sizes if s <= largest])
+def _paper_plan(
+    model: MoEModel,
+    hardware: Hardware,
+    workload: Workload,
+    rates: Rates,
+    policy: Policy,
+    *,
+    started: float,
+    evaluated: int,
+    solver: str,
+) -> Plan:
+    """A policy as the authors' problem sees it."""
+    if policy.attention_on_gpu or not policy.ffn_on_gpu:
+        raise InvalidValue("the authors' problem has attention on the CPU and experts on the GPU.")
+    problem = paper_problem(
+        model,
+        hardware,
+        rates,
+        workload,
+        micro_batch=np.array([policy.micro_batch_size]),
+        micro_batches=np.array([policy.num_micro_batches]),
+    )
+    shares = (policy.weights_on_gpu, policy.kv_on_gpu)
+    need = [float(np.squeeze(room.need.at(*shares))) for room in problem.rooms]
+    for tier, bytes_, room in zip(("GPU", "CPU"), need, problem.rooms, strict=True):
+        if bytes_ > room.room * (1 + 1e-6):
+            raise DoesNotFit(
+                f"by the authors' count the policy needs {format_bytes(bytes_)} of {tier} memory and "
+                f"may use {format_bytes(room.room)} of {hardware.name}: {format_bytes(bytes_ - room.room)} too much."
+            )
+    (steps, phase) = problem.phases[0]
+    decode = float(np.squeeze(steps * phase.seconds(*shares)))
+    needs = {name: float(np.squeeze(value)) for name, value in phase.needs(*shares).items()}
+    layers = model.num_layers
+    bottleneck = max(needs, key=lambda name: needs[name])
+    return Plan(
+        model=model,
+        hardware=hardware,
+        workload=workload,
+        policy=policy,
+        estimate=Estimate(
+            throughput=float(np.squeeze(problem.tokens)) / decode,
+            prefill_s=0.0,
+            decode_s=decode,
+            layer_s=decode / steps / layers,
+            terms={name: value / layers for name, value in needs.items()},
+            binding={bottleneck: decode},
+            needs={name: steps * value for name, value in needs.items()},
+            bottleneck=bottleneck,
+        ),
+        memory=Footprint(gpu={"by the authors' count": need[0]}, cpu={"by the authors' count": need[1]}),
+        room=(problem.rooms[0].room, problem.rooms[1].room),
+        bound=_bound(model, hardware, rates, workload, policy),
+        rate_set=rates.provenance,
+        objective="paper",
+        evaluated=evaluated,
+        solver=solver,
+        seconds=time.perf_counter() - started,
+    )
 
 
-def _explain_infeasible(model: MoEModel, hardware: Hardware, workload: Workload) -> None:
-    gpu_room, cpu_room = usable_bytes(hardware)
-    one = _footprint(model, workload, 1, 1, 0.0)
-    lacks = []
-    if one.gpu_bytes > gpu_room:
-        lacks.append(
-            f"GPU memory: {format_bytes(one.gpu_bytes)} needed with no resident expert (two layers of "
-            f"weights buffered take {format_bytes(one.gpu['weight_buffers'])}), "
-            f"{format_bytes(max(gpu_room, 0.0))} usable"
+def _soonest(
+    problems: list[Problem],
+    model: MoEModel,
+    hardware: Hardware,
+    rates: Rates,
+    workload: Workload,
+    num_requests: int,
+) -> Solution | None:
+    """The policy that answers `num_requests` requests soonest, the last batch being smaller."""
+    best: Solution | None = None
+    for problem in problems:
+        solved = solved_grid(problem)
+        if not np.isfinite(solved.seconds_per_token).any():
+            continue
+        mu, n = problem.micro_batch, problem.micro_batch * problem.micro_batches
+        whole, rest = np.divmod(num_requests, n)
+        times = TaskTimes(model, rates, hardware.num_gpus)
+        last = Sizes(
+            micro_batch=np.minimum(mu, np.maximum(rest, 1)),
+            micro_batches=np.maximum(1, np.ceil(rest / mu)),
+            prompt_len=prompt_tokens(workload, n) / n,
         )
-    if one.cpu_bytes > cpu_room:
+        shares = (solved.weights_on_gpu, solved.kv_on_gpu)
+        tail: Any = sum(
+            weight * phase.seconds(*shares)
+            for weight, phase in run_phases(times, last, problem.place, workload.gen_len)
+        )
+        seconds = whole * n * workload.gen_len * solved.seconds_per_token + (rest > 0) * tail
+        per_token = np.where(np.isfinite(solved.seconds_per_token), seconds, np.inf) / (num_requests * workload.gen_len)
+        order = np.lexsort(((problem.micro_batches + 0 * mu).ravel(), n.ravel(), np.round(per_token, 15).ravel()))
+        at = np.unravel_index(order[0], problem.shape)
+        if best is None or per_token[at] < best.seconds_per_token * (1 - 1e-9):
+            best = Solution(
+                problem=problem,
+                micro_batch_size=int(mu[at[0], 0]),
+                num_micro_batches=int(problem.micro_batches[0, at[1]]),
+                weights_on_gpu=float(solved.weights_on_gpu[at]),
+                kv_on_gpu=float(solved.kv_on_gpu[at]),
+                seconds_per_token=float(per_token[at]),
+            )
+    return best
+
+
+def _explain_infeasible(model: MoEModel, hardware: Hardware, workload: Workload, problem: Problem) -> NoReturn:
+    gpu_room, cpu_room = (room.room for room in problem.rooms)
+    need = [room.need.at(0.0, 0.0) for room in problem.rooms]
+    gpu, cpu = (float(np.min(x)) for x in need)
+    each = " on each GPU" if hardware.num_gpus > 1 else ""
+    lacks = []
+    if gpu > gpu_room:
+        widest = max(model.kind_expert_bytes(kind) for kind in range(len(model.kinds))) / hardware.num_gpus
         lacks.append(
-            f"CPU memory: {format_bytes(one.cpu_bytes)} needed for weights and one sequence, "
-            f"{format_bytes(max(cpu_room, 0.0))} usable"
+            f"GPU memory: {format_bytes(gpu)} needed{each} for one sequence with no resident expert (two layers of "
+            f"weights buffered take {format_bytes(2 * widest)}, all that is not an expert "
+            f"{format_bytes(model.dense_bytes / hardware.num_gpus)}), {format_bytes(max(gpu_room, 0.0))} usable: "
+            f"{format_bytes(gpu - max(gpu_room, 0.0))} too little"
+        )
+    if cpu > cpu_room:
+        lacks.append(
+            f"CPU memory: {format_bytes(cpu)} needed for weights and one sequence, "
+            f"{format_bytes(max(cpu_room, 0.0))} usable: {format_bytes(cpu - max(cpu_room, 0.0))} too little"
         )
     if not lacks:
         lacks.append("GPU and CPU memory together are too small for the weights")

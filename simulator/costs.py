@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
+from hrm.errors import NotBuiltYet
 from hrm.hardware import Curve, Rates
-from hrm.latency import TaskTimes
+from hrm.layers import Layer
 from hrm.model import MoEModel
-from hrm.operators import Operator, distinct_experts, post_attention, pre_attention, prefill_layer, sampling
+from hrm.operators import Operator, active_experts, post_attention, pre_attention, prefill_layer, sampling
 from hrm.pipeline import BatchShape
+from hrm.task_times import TaskTimes
 from simulator.task import Op, Schedule
 
 __all__ = ["Costs", "schedule_costs", "task_work"]
@@ -36,7 +39,7 @@ class Costs:
 
 
 def task_work(
-    schedule: Schedule, model: MoEModel, batch: BatchShape, *, streamed: float
+    schedule: Schedule, model: MoEModel, batch: BatchShape, *, streamed: float | dict[int, float]
 ) -> tuple[np.ndarray, np.ndarray]:
     """Bytes that each task moves and FLOPs that it computes.
 
@@ -45,8 +48,8 @@ def task_work(
 
     Parameters
     ----------
-    streamed : float
-        Bytes of one layer's experts that travel.
+    streamed : float or dict
+        Bytes of a layer's experts that travel; by kind of layer, where kinds differ.
 
     Returns
     -------
@@ -54,41 +57,43 @@ def task_work(
     """
     moved, flops = np.zeros(len(schedule)), np.zeros(len(schedule))
     sequences, tokens = _column(batch.sequences), _column(batch.prompt_tokens)
-    times_kv = model.kv_token_bytes
-
-    def fill(op: Op, size: np.ndarray, operators: list[Operator] | None = None) -> None:
-        where = schedule.mask(op)
-        part = schedule.part[where]
-        moved[where] = size[part]
-        if operators is not None:
-            flops[where] = np.asarray(sum(x.flops for x in operators))[part]
-
     pairs, longest = _column(batch.pairs), _column(batch.longest)
-    qkv = sequences * (model.q_size + 2 * model.kv_size) * model.dtype_bytes
-    dense = np.full_like(sequences, model.attention_parameters * model.dtype_bytes)
     head = np.full_like(sequences, model.vocab_size * model.hidden_bytes)
-    fill(Op.PRE_ATTN, dense, pre_attention(model, sequences))
-    fill(Op.POST_ATTN, distinct_experts(model, sequences) * model.expert_bytes, post_attention(model, sequences))
-    fill(Op.SAMPLE, head, sampling(model, sequences))
-    fill(
-        Op.PREFILL,
-        distinct_experts(model, tokens) * model.expert_bytes,
-        prefill_layer(model, tokens, pairs, longest),
-    )
-    fill(Op.OFFLOAD_QKV, qkv)
-    fill(Op.LOAD_H, sequences * model.q_size * model.dtype_bytes)
-    fill(Op.LOAD_X, tokens * model.hidden_bytes)
-    fill(Op.OFFLOAD_KV, tokens * (times_kv + model.hidden_bytes))
-    # Nobody reads the last layer's prompt states.
-    tail = schedule.mask(Op.OFFLOAD_KV) & (schedule.layer == model.num_layers - 1)
-    moved[tail] = tokens[schedule.part[tail]] * times_kv
-    page = np.full(schedule.num_micro_batches, streamed / schedule.num_micro_batches)
-    fill(Op.LOAD_W, page)
-    fill(Op.STAGE_W, page)
-    where = schedule.mask(Op.CPU_ATTN)
-    context = _cached_tokens(schedule, batch)[where]
-    moved[where] = context * times_kv
-    flops[where] = 4 * context * model.q_size
+    kinds = np.array(model.order)[schedule.layer]
+    for kind in sorted(set(model.order)):
+        layer = model.kinds[kind]
+        of_kind = kinds == kind
+
+        def fill(op: Op, size: np.ndarray, operators: list[Operator] | None = None, of_kind: Any = of_kind) -> None:
+            where = schedule.mask(op) & of_kind
+            part = schedule.part[where]
+            moved[where] = size[part]
+            if operators is not None:
+                flops[where] = np.asarray(sum(x.flops for x in operators))[part]
+
+        attention, ffn = layer.attention, layer.ffn
+        kv = model.kind_kv_token_bytes(kind)
+        expert = ffn.expert_parameters * model.expert_element_bytes
+        dense = np.full_like(sequences, attention.projection_parameters * model.dense_element_bytes)
+        fill(Op.PRE_ATTN, dense, pre_attention(model, sequences, layer))
+        fill(Op.POST_ATTN, active_experts(ffn, sequences) * expert, post_attention(model, sequences, layer))
+        fill(Op.SAMPLE, head, sampling(model, sequences))
+        fill(Op.PREFILL, active_experts(ffn, tokens) * expert, prefill_layer(model, tokens, pairs, longest, layer))
+        fill(Op.OFFLOAD_QKV, sequences * (attention.query_size + attention.kv_elements) * model.dtype_bytes)
+        fill(Op.LOAD_H, sequences * attention.attended_size * model.dtype_bytes)
+        fill(Op.LOAD_X, tokens * model.hidden_bytes)
+        fill(Op.OFFLOAD_KV, tokens * (kv + model.hidden_bytes))
+        # Nobody reads the last layer's prompt states.
+        tail = schedule.mask(Op.OFFLOAD_KV) & of_kind & (schedule.layer == model.num_layers - 1)
+        moved[tail] = tokens[schedule.part[tail]] * kv
+        travels = streamed[kind] if isinstance(streamed, dict) else streamed
+        page = np.full(schedule.num_micro_batches, travels / schedule.num_micro_batches)
+        fill(Op.LOAD_W, page)
+        fill(Op.STAGE_W, page)
+        where = schedule.mask(Op.CPU_ATTN) & of_kind
+        seen = _seen_tokens(schedule, batch, layer)[where]
+        moved[where] = seen * kv
+        flops[where] = attention.pair_flops * seen
     return moved, flops
 
 
@@ -103,8 +108,23 @@ def _cached_tokens(schedule: Schedule, batch: BatchShape) -> np.ndarray:
     return cached[part] + sequences[part] * schedule.step
 
 
+def _seen_tokens(schedule: Schedule, batch: BatchShape, layer: Layer) -> np.ndarray:
+    """As `_cached_tokens`, cut by the layer's window."""
+    cached = _cached_tokens(schedule, batch)
+    if layer.attention.window is None:
+        return cached
+    sequences = _column(batch.sequences)[np.minimum(schedule.part, batch.num_micro_batches - 1)]
+    return np.minimum(cached, sequences * layer.attention.window)
+
+
 def schedule_costs(
-    schedule: Schedule, model: MoEModel, rates: Rates, batch: BatchShape, *, weights_on_gpu: float
+    schedule: Schedule,
+    model: MoEModel,
+    rates: Rates,
+    batch: BatchShape,
+    *,
+    weights_on_gpu: float,
+    num_gpus: int = 1,
 ) -> Costs:
     """Turn every task into work.
 
@@ -118,37 +138,51 @@ def schedule_costs(
         Prompt lengths of each micro-batch; ``batch.gen_len`` is not used, the schedule's steps are.
     weights_on_gpu : float
         r_w.
+    num_gpus : int
+        GPUs that share every layer; the GPU lane is all of them in lockstep.
 
     Returns
     -------
     Costs
+
+    Raises
+    ------
+    NotBuiltYet
+        For encoder-decoder models.
     """
-    times = TaskTimes(model, rates)
-    streamed = (1 - weights_on_gpu) * model.layer_expert_bytes
+    if model.encoder_order:
+        raise NotBuiltYet(f"schedules of encoder-decoder models such as {model.name!r} are not built yet.")
+    times = TaskTimes(model, rates, num_gpus)
+    streamed = {kind: (1 - weights_on_gpu) * model.kind_expert_bytes(kind) for kind in set(model.order)}
     moved, flops = task_work(schedule, model, batch, streamed=streamed)
     seconds = np.zeros(len(schedule))
     sequences, tokens = _column(batch.sequences), _column(batch.prompt_tokens)
     calls = np.array([len(blocks) for blocks in batch.blocks], dtype=float)
-
-    per_part = {
-        Op.PRE_ATTN: times.pre_attention(sequences),
-        Op.POST_ATTN: times.post_attention(sequences),
-        Op.SAMPLE: times.sample(sequences),
-        Op.PREFILL: times.prefill(tokens, _column(batch.pairs), _column(batch.longest)),
-    }
-    for op, values in per_part.items():
-        where = schedule.mask(op)
-        seconds[where] = values[schedule.part[where]]
-    up, down, staging = _any(schedule, _UP), _any(schedule, _DOWN), schedule.mask(Op.STAGE_W)
-    seconds[up], seconds[down] = times.h2d(moved[up]), times.d2h(moved[down])
-    seconds[staging] = times.staging(moved[staging])
-    offload = schedule.mask(Op.OFFLOAD_KV)
-    kv = (tokens * model.kv_token_bytes)[schedule.part[offload]]
-    seconds[offload] = times.offload_kv(moved[offload] - kv, kv)
+    kinds = np.array(model.order)[schedule.layer]
     attention = schedule.mask(Op.CPU_ATTN)
-    part = schedule.part[attention]
-    context = _cached_tokens(schedule, batch)[attention]
-    seconds[attention] = times.cpu_attention(sequences[part], context, calls[part])
+    for kind in sorted(set(model.order)):
+        layer = model.kinds[kind]
+        of_kind = kinds == kind
+        per_part = {
+            Op.PRE_ATTN: times.pre_attention(sequences, layer),
+            Op.POST_ATTN: times.post_attention(sequences, layer),
+            Op.SAMPLE: times.sample(sequences),
+            Op.PREFILL: times.prefill(tokens, _column(batch.pairs), _column(batch.longest), layer),
+        }
+        for op, values in per_part.items():
+            where = schedule.mask(op) & of_kind
+            seconds[where] = values[schedule.part[where]]
+        where = schedule.mask(Op.OFFLOAD_KV) & of_kind
+        kv = (tokens * model.kind_kv_token_bytes(kind))[schedule.part[where]]
+        seconds[where] = times.offload_kv(moved[where] - kv, kv)
+        where = attention & of_kind
+        part = schedule.part[where]
+        context = _cached_tokens(schedule, batch)[where]
+        seconds[where] = times.cpu_attention(sequences[part], context, calls[part], layer=layer)
+    up, down, staging = _any(schedule, _UP), _any(schedule, _DOWN), schedule.mask(Op.STAGE_W)
+    plain_down = down & ~schedule.mask(Op.OFFLOAD_KV)
+    seconds[up], seconds[plain_down] = times.h2d(moved[up]), times.d2h(moved[plain_down])
+    seconds[staging] = times.staging(moved[staging])
 
     copies = up | down
     compute = ~(copies | staging | attention)

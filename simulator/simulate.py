@@ -59,10 +59,11 @@ def simulate_schedule(
     batch: BatchShape,
     *,
     weights_on_gpu: float,
+    num_gpus: int = 1,
     contention: bool = True,
 ) -> Timeline:
     """Play `schedule` with times from `rates`; see `simulator.costs.schedule_costs`."""
-    costs = schedule_costs(schedule, model, rates, batch, weights_on_gpu=weights_on_gpu)
+    costs = schedule_costs(schedule, model, rates, batch, weights_on_gpu=weights_on_gpu, num_gpus=num_gpus)
     start, end = play(schedule, costs if contention else costs.without_contention())
     return Timeline(schedule, start, end, costs.bytes, costs.flops, source="simulated")
 
@@ -74,6 +75,7 @@ def simulate(
     batch: BatchShape,
     *,
     system: str = "moe-lightning",
+    num_gpus: int = 1,
     exact: bool | None = None,
     contention: bool = True,
 ) -> Prediction:
@@ -85,6 +87,8 @@ def simulate(
         What the machine attains (`Hardware.rates`).
     batch : BatchShape
         Prompt lengths and generation length.
+    num_gpus : int
+        GPUs of the machine (`Hardware.num_gpus`), in tensor parallelism.
     exact : bool, optional
         Play every decode step. By default runs of more than 60,000 tasks are sampled: steps at five
         contexts are played in steady state and step times interpolated between them (step time is
@@ -102,7 +106,9 @@ def simulate(
     share = policy.weights_on_gpu
 
     def run(schedule: Schedule) -> Timeline:
-        return simulate_schedule(schedule, model, rates, batch, weights_on_gpu=share, contention=contention)
+        return simulate_schedule(
+            schedule, model, rates, batch, weights_on_gpu=share, num_gpus=num_gpus, contention=contention
+        )
 
     # Tasks per (layer, micro-batch): five, two for weights if any travel; samples come on top.
     per_step = g * (layers * (5 + 2 * (share < 1)) + 1)

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from hrm.errors import NotBuiltYet, UnknownName
 from hrm.policy import Policy
 from simulator.schedules.cgopipe import cgopipe
 from simulator.task import Schedule
 
-__all__ = ["SYSTEMS", "build_schedule", "cgopipe", "check_buildable"]
+__all__ = ["RUNNABLE", "SYSTEMS", "build_schedule", "cgopipe", "check_buildable"]
 
+RUNNABLE: dict[str, Any] = {"attention_on_gpu": False, "ffn_on_gpu": True}
+"""The placement that this version can schedule, as options of `hrm.plan`."""
 SYSTEMS = ("moe-lightning", "flexgen", "flexgen-c", "fastdecode", "deepspeed-zero")
 
 

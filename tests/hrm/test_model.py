@@ -10,8 +10,10 @@ from typing import Any
 import pytest
 
 from hrm import MoEModel, catalog
+from hrm.architectures import SUPPORTED_ARCHITECTURES
 from hrm.errors import HrmError, InvalidConfig, UnknownName
-from hrm.model import DTYPE_BYTES, SUPPORTED_ARCHITECTURES
+from hrm.layers import Attention, FeedForward, Layer
+from hrm.model import DTYPE_BYTES
 
 
 @pytest.fixture
@@ -48,11 +50,76 @@ def test_mixtral_8x7b_shapes() -> None:
 def test_parameters_add_up(name: str) -> None:
     """Layers, experts and embedding together are all parameters, for every catalog model."""
     model = catalog.load_model(name)
-    per_layer = model.dense_layer_parameters + model.num_experts * model.expert_parameters
-    assert model.num_layers * per_layer + model.embedding_parameters == model.num_parameters
-    assert model.dense_bytes + model.num_layers * model.layer_expert_bytes == pytest.approx(
-        model.num_parameters * model.dtype_bytes
+    kinds = [model.kinds[kind] for kind in (*model.order, *model.encoder_order)]
+    dense = sum(kind.dense_parameters for kind in kinds)
+    assert dense + model.num_expert_parameters + model.embedding_parameters == model.num_parameters
+    assert model.weight_bytes == pytest.approx(
+        dense * model.dense_element_bytes
+        + model.num_expert_parameters * model.expert_element_bytes
+        + model.embedding_parameters * model.dtype_bytes
     )
+    assert model.streamed_bytes == sum(model.kind_expert_bytes(kind) for kind in (*model.order, *model.encoder_order))
+
+
+def small_model(**changed: Any) -> MoEModel:
+    """Three decoder layers of two kinds: one dense, two with four experts each."""
+    attention = Attention(hidden_size=8, num_heads=2, num_kv_heads=1, head_dim=4, value_dim=4)
+    dense = Layer(attention=attention, ffn=FeedForward(hidden_size=8, intermediate_size=32), norm_parameters=16)
+    moe = FeedForward(hidden_size=8, intermediate_size=16, num_experts=4, top_k=1, router_parameters=32)
+    fields: dict[str, Any] = {
+        "name": "small", "architecture": "none", "hidden_size": 8, "vocab_size": 10, "max_positions": 64,
+        "kinds": (dense, Layer(attention=attention, ffn=moe, norm_parameters=16)), "order": (0, 1, 1),
+        "embedding_parameters": 160,
+    }  # fmt: skip
+    return MoEModel(**{**fields, **changed})
+
+
+def test_layers_that_differ_are_counted_by_kind() -> None:
+    """A dense layer before two with experts: counts, neighbours and the layer that names the sizes."""
+    model = small_model()
+    assert (model.num_layers, model.layer_counts) == (3, {0: 1, 1: 2})
+    assert model.layer_pairs == {(0, 1): 1, (1, 1): 1, (1, 0): 1}
+    assert model.main_layer is model.kinds[1]
+    assert (model.num_experts, model.intermediate_size) == (4, 16)
+    assert not model.uniform
+    attention = 8 * 8 * 2 + 8 * 4 * 2
+    assert model.num_parameters == 160 + 3 * (attention + 16) + 3 * 8 * 32 + 2 * (32 + 4 * 3 * 8 * 16)
+    assert model.num_parameters - model.active_parameters == 2 * 3 * 3 * 8 * 16
+
+
+def test_an_encoder_counts_but_does_not_generate() -> None:
+    """Encoder layers add parameters and streamed bytes, and leave the layers that generate alone."""
+    model, both = small_model(), small_model(encoder_order=(1, 1))
+    assert both.num_layers == 3
+    assert both.num_parameters - model.num_parameters == 2 * model.kinds[1].parameters
+    assert both.streamed_bytes - model.streamed_bytes == 2 * model.kind_expert_bytes(1)
+    assert both.encoder_pairs == {(1, 1): 2}
+    assert "2 + 3 layers" in str(both)
+
+
+def test_stored_types_of_weights() -> None:
+    """Experts, other weights of a layer and embeddings have their own bytes per weight."""
+    model = small_model(dense_weight_bytes=1.0, expert_weight_bytes=0.5, kv_dtype="float8")
+    dense = sum(layer.dense_parameters for layer in model.layers)
+    assert model.weight_bytes == dense + model.num_expert_parameters / 2 + 160 * 2
+    assert model.kv_token_bytes == 8
+    assert model.hidden_bytes == 16
+
+
+@pytest.mark.parametrize("changed", [{"order": ()}, {"order": (0, 2)}, {"encoder_order": (2,)}])
+def test_layers_must_be_of_a_known_kind(changed: dict[str, Any]) -> None:
+    """A model without layers, or with a layer of no kind, is refused."""
+    with pytest.raises(InvalidConfig, match="needs layers, each one of its 2 kinds"):
+        small_model(**changed)
+
+
+def test_with_layers_repeats_from_the_start() -> None:
+    """Fewer layers are the first ones; more repeat the order."""
+    model = small_model()
+    assert model.with_layers(2).order == (0, 1)
+    assert model.with_layers(5).order == (0, 1, 1, 0, 1)
+    with pytest.raises(InvalidConfig, match="'num_layers'"):
+        model.with_layers(0)
 
 
 @pytest.mark.parametrize(
@@ -69,11 +136,10 @@ def test_a_missing_key_is_named(config: dict[str, Any], key: str) -> None:
         read(config)
 
 
-def test_all_missing_keys_are_named(config: dict[str, Any]) -> None:
-    """Two missing keys are both named at once."""
-    del config["hidden_size"], config["num_local_experts"]
-    with pytest.raises(InvalidConfig, match="'hidden_size', 'num_local_experts'"):
-        read(config)
+def test_a_null_size_is_missing(config: dict[str, Any]) -> None:
+    """A size that is null is as good as absent."""
+    with pytest.raises(InvalidConfig, match="'some-model' lacks 'hidden_size'"):
+        read(config, hidden_size=None)
 
 
 def test_an_unknown_key_is_named(config: dict[str, Any]) -> None:
@@ -108,7 +174,7 @@ def test_heads_must_be_a_multiple_of_kv_heads(config: dict[str, Any]) -> None:
         read(config, num_key_value_heads=7)
 
 
-@pytest.mark.parametrize("value", [0, -1, 1.5, 4096.0, True, "8", None])
+@pytest.mark.parametrize("value", [0, -1, 1.5, 4096.0, True, "8"])
 @pytest.mark.parametrize("key", ["num_hidden_layers", "intermediate_size", "num_local_experts", "vocab_size"])
 def test_sizes_must_be_positive_integers(config: dict[str, Any], key: str, value: Any) -> None:
     """Zero, negative, fractional, boolean and text sizes are refused with the value."""
@@ -118,7 +184,7 @@ def test_sizes_must_be_positive_integers(config: dict[str, Any], key: str, value
 
 @pytest.mark.parametrize(
     ("key", "value"),
-    [("num_attention_heads", 0), ("num_attention_heads", "32"), ("hidden_size", "4096"), ("hidden_size", None)],
+    [("num_attention_heads", 0), ("num_attention_heads", "32"), ("hidden_size", "4096"), ("hidden_size", 0)],
 )
 def test_sizes_that_give_the_head_are_checked_first(config: dict[str, Any], key: str, value: Any) -> None:
     """A bad hidden size or number of heads is refused as any other size is."""
@@ -137,7 +203,7 @@ def test_head_dim_overrides(config: dict[str, Any]) -> None:
     """A head_dim in the config replaces hidden_size / heads and changes the attention parameters."""
     model = read(config, head_dim=64)
     assert (model.head_dim, model.q_size, model.kv_size) == (64, 2048, 512)
-    assert model.attention_parameters == 4096 * (2 * 2048 + 2 * 512)
+    assert model.main_layer.attention.parameters == 4096 * (2 * 2048 + 2 * 512)
     assert read(config, head_dim=None).head_dim == 128
 
 
@@ -157,8 +223,8 @@ def test_dtype_sets_the_bytes(config: dict[str, Any], dtype: str) -> None:
 
 def test_a_bad_dtype_is_refused(config: dict[str, Any]) -> None:
     """An unknown data type is refused with the known ones."""
-    with pytest.raises(InvalidConfig, match=r"'dtype' must be one of float32, .*: 'float8'"):
-        read(config, torch_dtype="float8")
+    with pytest.raises(InvalidConfig, match=r"'dtype' must be one of float32, .*: 'float7'"):
+        read(config, torch_dtype="float7")
 
 
 def test_another_activation_is_refused(config: dict[str, Any]) -> None:

@@ -159,7 +159,7 @@ def test_a_machine_that_holds_everything_streams_nothing() -> None:
 @pytest.mark.filterwarnings("ignore:divide by zero")
 def test_models_of_few_layers_are_planned(layers: int, gpu_gb: int) -> None:
     """With one or two layers, buffering them costs what keeping them would; the plan still fits and is bounded."""
-    shallow = replace(MIXTRAL, num_layers=layers)
+    shallow = MIXTRAL.with_layers(layers)
     machine = L4.with_capacity(gpu_bytes=gpu_gb * 10**9)
     found = plan(shallow, machine, Workload.parse("77,32"), efficiency="paper")
     check_fits(found.memory, machine)
@@ -172,7 +172,7 @@ def test_models_of_few_layers_are_planned(layers: int, gpu_gb: int) -> None:
 @pytest.mark.filterwarnings("error::RuntimeWarning")
 def test_planning_two_layers_warns_of_nothing() -> None:
     """A model of two layers, whose GPU memory does not depend on r_w, is planned without a numpy warning."""
-    found = plan(replace(MIXTRAL, num_layers=2), L4, Workload.parse("77,32"))
+    found = plan(MIXTRAL.with_layers(2), L4, Workload.parse("77,32"))
     assert found.policy.weights_on_gpu == 1
 
 

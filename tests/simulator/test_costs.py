@@ -11,13 +11,13 @@ from hypothesis import strategies as st
 
 from hrm import BatchShape, Hardware, MoEModel
 from hrm.hardware import Curve
-from hrm.latency import TaskTimes
+from hrm.task_times import TaskTimes
 from simulator.costs import Costs, schedule_costs
 from simulator.schedules import cgopipe
 from simulator.task import Op, Schedule
 from tests.simulator.support import schedules
 
-MIXTRAL = replace(MoEModel.from_catalog("mixtral-8x7b"), num_layers=2)
+MIXTRAL = MoEModel.from_catalog("mixtral-8x7b").with_layers(2)
 SPEC = Hardware.from_catalog("gcp-l4-1x").rates("spec")
 RUN = cgopipe(num_layers=2, num_micro_batches=3, decode_steps=2)
 BATCH = BatchShape(((100, 90, 40), (100, 60, 50), (70, 70)), 3)
@@ -87,7 +87,7 @@ def test_seconds_are_the_closed_forms() -> None:
 @settings(deadline=None, max_examples=30)
 def test_costs_are_sane(schedule: Schedule, r_w: float) -> None:
     """Durations are finite and not negative, and no task alone asks for more than a resource has."""
-    model = replace(MIXTRAL, num_layers=schedule.num_layers)
+    model = MIXTRAL.with_layers(schedule.num_layers)
     batch = BatchShape.uniform(2 * schedule.num_micro_batches, 2, 50, 4)
     for rates in (SPEC, replace(SPEC, copy_bandwidth=4e9, cores=Curve.constant(1.5))):
         result = schedule_costs(schedule, model, rates, batch, weights_on_gpu=r_w)

@@ -14,7 +14,7 @@ from simulator.schedules import SYSTEMS, build_schedule
 from simulator.simulate import simulate, simulate_schedule
 
 MIXTRAL = MoEModel.from_catalog("mixtral-8x7b")
-SHALLOW = replace(MIXTRAL, num_layers=2)
+SHALLOW = MIXTRAL.with_layers(2)
 L4 = Hardware.from_catalog("gcp-l4-1x")
 RATES = L4.rates("paper")
 

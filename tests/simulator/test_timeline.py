@@ -47,7 +47,7 @@ def tiny() -> Timeline:
 @pytest.fixture(scope="module")
 def simulated() -> Timeline:
     """Two layers of Mixtral 8x7B, prefill and three steps, played with contention."""
-    model = replace(MoEModel.from_catalog("mixtral-8x7b"), num_layers=2)
+    model = MoEModel.from_catalog("mixtral-8x7b").with_layers(2)
     schedule = cgopipe(num_layers=2, num_micro_batches=3, decode_steps=3)
     rates = Hardware.from_catalog("gcp-l4-1x").rates("paper")
     return simulate_schedule(schedule, model, rates, BatchShape.uniform(90, 30, 100, 4), weights_on_gpu=0.1)
