@@ -57,13 +57,13 @@ def hardware_command(as_json: bool) -> None:
             format_bytes(float(m.cpu.capacity)),
             format_bandwidth(float(m.cpu.bandwidth)),
             format_bandwidth(float(m.h2d.bandwidth)),
-            " ".join([*m.rate_sets, "spec"]),
+            " ".join(m.efficiencies),
         ]
         for m in machines
     ]
     headers = ["machine", "GPU", "GPU memory", "its bandwidth", "peak", "CPU memory", "its bandwidth", "link"]
     emit(
-        {"hardware": [m.to_dict() | {"efficiencies": [*m.rate_sets, "spec"]} for m in machines]},
+        {"hardware": [m.to_dict() | {"efficiencies": m.efficiencies} for m in machines]},
         lambda: table([*headers, "efficiencies"], rows),
         as_json=as_json,
     )

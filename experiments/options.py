@@ -6,16 +6,17 @@ import contextlib
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import click
 
 from hrm import Hardware, MoEModel, Plan, Policy, Workload, evaluate, plan
 from hrm.catalog import load_hardware, load_model
-from hrm.errors import HrmError, InvalidValue, NotBuiltYet
+from hrm.errors import HrmError, InvalidValue
 from hrm.hardware import Quantity
+from hrm.model import DTYPE_BYTES
 from hrm.units import parse_bandwidth, parse_bytes
-from simulator.schedules import check_buildable
+from simulator.schedules import RUNNABLE, check_buildable
 
 __all__ = [
     "FIGURES",
@@ -151,9 +152,13 @@ search_options = _stack(
     click.option("--padded", is_flag=True, help="Pad every prompt to the workload's longest."),
     click.option("--objective", type=click.Choice(["throughput", "paper"]), default="throughput"),
     click.option("--solver", type=click.Choice(["grid", "milp"]), default="grid"),
-    click.option("--efficiency", metavar="spec|paper|measured|fitted", help="Rates to use (default: the best known)."),
+    click.option(
+        "--efficiency", metavar="spec|published|paper|measured|fitted", help="Rates to use (default: the best known)."
+    ),
     click.option("--device-memory", type=Capacity(), help="Use this much GPU memory, e.g. 16GiB."),
     click.option("--link-bandwidth", type=Bandwidth(), default=_NO_BANDWIDTH, help="Pace the link, e.g. 2GB/s."),
+    click.option("--dtype", type=click.Choice(list(DTYPE_BYTES)), help="Type of the weights (default: the config's)."),
+    click.option("--kv-dtype", type=click.Choice(list(DTYPE_BYTES)), help="Type of the KV cache."),
     click.option("--max-batch-size", type=click.IntRange(min=1), metavar="N", help="Largest N to search."),
 )
 
@@ -214,7 +219,7 @@ def with_link(machine: Hardware, bandwidth: float | None) -> Hardware:
     if bandwidth is None:
         return machine
     speed = Quantity(bandwidth, source="set by the caller")
-    links = tuple(replace(link, bandwidth=speed) for link in machine.links)
+    links = tuple(x if x.source == x.target else replace(x, bandwidth=speed) for x in machine.links)
     return replace(machine.with_link(bandwidth), links=links)
 
 
@@ -226,35 +231,62 @@ def make_plan(
     gen_len: int | None,
     prompt_len: int | None,
     padded: bool,
-    objective: str,
-    solver: str,
+    objective: Literal["throughput", "paper"],
+    solver: Literal["grid", "milp"],
     efficiency: str | None,
     device_memory: int | None,
     link_bandwidth: float | None,
     max_batch_size: int | None,
     system: str,
+    dtype: str | None,
+    kv_dtype: str | None,
+    runnable: bool = False,
     **policy: Any,
 ) -> Plan:
     """Search for a policy, or evaluate the one given, as the options of ``hrm plan`` say.
+
+    With `runnable`, only policies whose schedule this version can build.
 
     Raises
     ------
     HrmError
         For unknown names, bad values, what this version lacks, or what does not fit.
     """
+    places: dict[str, Any] = {}
+    if policy["batch_size"] is None:
+        # Without sizes, places are conditions on the search.
+        for name in RUNNABLE:
+            if policy[name] is not None:
+                places[name] = bool(policy[name])
+                policy[name] = None
     chosen = policy_of(**policy)
     if chosen is not None and max_batch_size is not None:
         raise click.UsageError("--max-batch-size bounds the search, and with --batch-size there is none.")
-    check_buildable(system, chosen)
-    if objective != "throughput":
-        raise NotBuiltYet(f"--objective {objective} is not built yet; this version has 'throughput'.")
-    if solver != "grid":
-        raise NotBuiltYet(f"--solver {solver} is not built yet; this version has 'grid'.")
+    check_buildable(system, chosen if runnable else None)
+    if runnable:
+        for name, only in RUNNABLE.items():
+            if places.setdefault(name, only) != only:
+                check_buildable(system, Policy(batch_size=1, micro_batch_size=1, **places))
     the_model: MoEModel = load_model(model)
+    if dtype is not None:
+        the_model = the_model.with_dtype(dtype)
+    if kv_dtype is not None:
+        the_model = the_model.with_kv_dtype(kv_dtype)
     machine = with_link(load_hardware(hardware).with_capacity(gpu_bytes=device_memory), link_bandwidth)
     requests = Workload.parse(workload).with_options(
         gen_len=gen_len, prompt_len=prompt_len, padded=True if padded else None
     )
     if chosen is not None:
-        return evaluate(the_model, machine, requests, chosen, efficiency=efficiency)
-    return plan(the_model, machine, requests, efficiency=efficiency, max_batch_size=max_batch_size)
+        return evaluate(the_model, machine, requests, chosen, efficiency=efficiency, objective=objective)
+    if objective == "paper":
+        places = {}
+    return plan(
+        the_model,
+        machine,
+        requests,
+        efficiency=efficiency,
+        objective=objective,
+        solver=solver,
+        max_batch_size=max_batch_size,
+        **places,
+    )

@@ -9,6 +9,7 @@ from hrm.pipeline import BatchShape
 from hrm.plan import Change, Plan
 from hrm.policy import Policy
 from hrm.search import evaluate, plan
+from hrm.sweep import plan_grid
 from hrm.workload import Workload
 
 __all__ = [
@@ -26,4 +27,5 @@ __all__ = [
     "micro_batches",
     "physical_bound",
     "plan",
+    "plan_grid",
 ]

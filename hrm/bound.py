@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -82,58 +83,56 @@ def physical_bound(
     prompt = n * prompt_len
     encodes = bool(model.encoder_order)
 
-    link_up = link_down = gpu_weights = gpu_kv = cpu_kv = 0.0
-    dense = experts = attention = cpu_experts = cpu_attention = cpu_weights = 0.0  # FLOPs, and bytes of weights
-    prefill_kinds = model.encoder_order or model.order
-    for kind in prefill_kinds:
+    link_up = link_down = gpu_weights = gpu_kv = cpu_kv = 0.0  # bytes
+    dense = experts = attention = cpu_experts = cpu_attention = 0.0  # FLOPs
+    cpu_weights = 0.0
+    for kind, count in Counter(model.encoder_order or model.order).items():
         layer = model.kinds[kind]
         ffn = layer.ffn
-        per_token = 2 * (ffn.shared_parameters + layer.attention.projection_parameters)
-        dense += prompt * per_token
-        experts += prompt * 2 * ffn.top_k * ffn.expert_matrix_parameters
-        pairs = prompt_len * prompt_len if encodes else causal_pairs(prompt_len, layer.attention.window)
-        attention += n * float(pairs) * layer.attention.prefill_pair_flops
-        active = float(active_experts(ffn, prompt)) * ffn.expert_parameters * model.expert_element_bytes
+        dense += count * prompt * 2 * (ffn.shared_parameters + layer.attention.projection_parameters)
+        experts += count * prompt * 2 * ffn.top_k * ffn.expert_matrix_parameters
+        pairs = prompt_len * prompt_len if encodes else float(causal_pairs(prompt_len, layer.attention.window))
+        attention += count * n * pairs * layer.attention.prefill_pair_flops
         if policy.ffn_on_gpu:
-            link_up += (1 - r_w) * active
+            link_up += count * (1 - r_w) * _active_bytes(model, kind, prompt)
         if not encodes:
-            link_down += (1 - r_c) * prompt * model.kind_kv_token_bytes(kind)
-    for kind in model.order:
+            link_down += count * (1 - r_c) * prompt * model.kind_kv_token_bytes(kind)
+    for kind, count in model.layer_counts.items():
         layer = model.kinds[kind]
         ffn, own, cross = layer.ffn, layer.attention, layer.cross_attention
-        active = float(active_experts(ffn, n)) * ffn.expert_parameters * model.expert_element_bytes
-        flops = steps * n * 2 * ffn.top_k * ffn.expert_matrix_parameters
+        active = _active_bytes(model, kind, n)
         on_gpu = 1.0 if policy.ffn_on_gpu else r_w
+        visits = count * steps
+        flops = visits * n * 2 * ffn.top_k * ffn.expert_matrix_parameters
         experts += on_gpu * flops
-        gpu_weights += steps * on_gpu * active
         cpu_experts += (1 - on_gpu) * flops
-        cpu_weights += steps * (1 - on_gpu) * active
+        gpu_weights += visits * (on_gpu * active + layer.dense_parameters * model.dense_element_bytes)
+        cpu_weights += visits * (1 - on_gpu) * active
         if policy.ffn_on_gpu:
-            link_up += steps * (1 - r_w) * active
-        dense += steps * n * 2 * (ffn.shared_parameters + own.projection_parameters)
-        gpu_weights += steps * layer.dense_parameters * model.dense_element_bytes
+            link_up += visits * (1 - r_w) * active
+        dense += visits * n * 2 * (ffn.shared_parameters + own.projection_parameters)
         seen = _mean_seen(own, first, last)
-        kv = steps * n * seen * model.kind_kv_token_bytes(kind)
-        pair_flops = steps * n * seen * own.pair_flops
+        kv = n * seen * model.kind_kv_token_bytes(kind)
+        pair_flops = n * seen * own.pair_flops
         queries, attended = own.query_size + own.kv_elements, own.attended_size
         if cross is not None:
             cross_bytes = cross.kv_elements * model.kv_dtype_bytes
-            kv += steps * prompt * cross_bytes
-            pair_flops += steps * prompt * cross.pair_flops
+            kv += prompt * cross_bytes
+            pair_flops += prompt * cross.pair_flops
             queries, attended = queries + cross.query_size, attended + cross.attended_size
-            moved = sum(p.weights for p in (*cross.query_projections, *cross.output_projections))
-            dense += steps * n * 2 * moved + prompt * 2 * sum(p.weights for p in cross.kv_projections)
-            link_down += (1 - r_c) * prompt * cross_bytes
+            per_step = sum(p.weights for p in (*cross.query_projections, *cross.output_projections))
+            dense += visits * n * 2 * per_step + count * prompt * 2 * sum(p.weights for p in cross.kv_projections)
+            link_down += count * (1 - r_c) * prompt * cross_bytes
         if policy.attention_on_gpu:
-            attention += pair_flops
-            gpu_kv += kv
-            link_up += (1 - r_c) * kv
-            link_down += steps * (1 - r_c) * n * model.kind_kv_token_bytes(kind)
+            attention += visits * pair_flops
+            gpu_kv += visits * kv
+            link_up += visits * (1 - r_c) * kv
+            link_down += visits * (1 - r_c) * n * model.kind_kv_token_bytes(kind)
         else:
-            cpu_attention += pair_flops
-            cpu_kv += kv
-            link_up += steps * n * attended * model.dtype_bytes
-            link_down += steps * n * queries * model.dtype_bytes
+            cpu_attention += visits * pair_flops
+            cpu_kv += visits * kv
+            link_up += visits * n * attended * model.dtype_bytes
+            link_down += visits * n * queries * model.dtype_bytes
     head = 2 * n * gen_len * model.hidden_size * model.vocab_size
     gpu = ((dense + head) / rates.gpu_gemm.peak + experts / rates.gpu_experts.peak) / num_gpus
     gpu += attention / rates.gpu_attention.peak / num_gpus
@@ -155,6 +154,12 @@ def physical_bound(
     return Bound(tok_s=n * gen_len / max(seconds.values()), policy=policy, seconds=seconds)
 
 
+def _active_bytes(model: MoEModel, kind: int, tokens: float) -> float:
+    """Weights of the experts of a layer that `tokens` tokens are expected to choose."""
+    ffn = model.kinds[kind].ffn
+    return float(active_experts(ffn, tokens)) * ffn.expert_parameters * model.expert_element_bytes
+
+
 def _mean_seen(attention: Attention, first: float, last: float) -> float:
     """Mean number of tokens seen over contexts first, first + 1, .., last."""
     if last < first:
@@ -168,43 +173,95 @@ def _mean_seen(attention: Attention, first: float, last: float) -> float:
 def machine_bound(model: MoEModel, hardware: Hardware, workload: Workload, *, efficiency: str | None = None) -> Bound:
     """Tokens/s that no policy at all can pass on a machine, its memories included.
 
-    For each place of attention and experts: the largest batch whose weights and KV the memories hold
-    together, and the largest shares that fit the GPU, each as if the other asked for nothing.
+    For each place of attention and experts: batches up to the largest whose weights and KV the memories hold
+    together, and the largest shares that fit the GPU, each as if the other asked for nothing. Between two
+    batch sizes that are looked at, every quantity is taken at the end where it costs less.
+
+    Returns
+    -------
+    Bound
+        With the upper end of the range of batches as its policy's N.
     """
     rates = hardware.rates(efficiency)
     gpu_room, cpu_room = usable_bytes(hardware)
     gpu_room *= hardware.num_gpus
-    prompt = workload.effective_prompt
-    per_sequence = float(kv_cache_bytes(model, 1.0, prompt, workload.gen_len))
-    most = int(max(1.0, (gpu_room + cpu_room - model.weight_bytes) / per_sequence))
     left = max(0.0, gpu_room - model.dense_bytes)
-    sizes, n = [], 1
-    while n < most:
-        sizes.append(n)
-        n *= 2
+    gen_len = workload.gen_len
+    most = _largest_batch(model, workload, gpu_room + cpu_room - model.weight_bytes)
     best: Bound | None = None
-    for size in [*sizes, most]:
-        if workload.prompt_lens and not workload.padded:
-            prompt = float(prompt_tokens(workload, size)) / size
-        kv = float(kv_cache_bytes(model, size, size * prompt, workload.gen_len))
+    for low, high in _ranges(most):
+        prompt = _shortest_mean(workload, low, high)
+        kv = float(kv_cache_bytes(model, low, low * prompt, gen_len))
         for place in placements():
             if not (place.streams_weights and place.streams_kv):
                 continue
+            resident = min(1.0, left / model.streamed_bytes)
             policy = Policy(
-                batch_size=size,
-                micro_batch_size=size,
+                batch_size=high,
+                micro_batch_size=high,
                 attention_on_gpu=place.attention_on_gpu,
                 ffn_on_gpu=place.ffn_on_gpu,
-                weights_on_gpu=min(1.0, left / model.streamed_bytes),
+                weights_on_gpu=resident,
                 kv_on_gpu=min(1.0, left / kv) if place.attention_on_gpu else 0.0,
             )
-            options = {"prompt_len": prompt, "gen_len": workload.gen_len, "num_gpus": hardware.num_gpus}
-            tries = [policy]
-            if not place.ffn_on_gpu:  # any split between the processors
-                tries = [replace(policy, weights_on_gpu=policy.weights_on_gpu * x / 16) for x in range(17)]
-            for one in tries:
-                found = physical_bound(model, rates, one, **options)  # type: ignore[arg-type]
-                if best is None or found.tok_s > best.tok_s:
-                    best = found
+            # With experts on both processors the best split is unknown: each range of splits by itself. Every
+            # resource's seconds are linear in the split.
+            ends = [
+                physical_bound(
+                    model,
+                    rates,
+                    replace(policy, weights_on_gpu=share),
+                    prompt_len=prompt,
+                    gen_len=gen_len,
+                    num_gpus=hardware.num_gpus,
+                ).seconds
+                for share in ([resident] if place.ffn_on_gpu else [0.0, resident])
+            ]
+            none, full = ends[0], ends[-1]
+            cuts = 1 if place.ffn_on_gpu else 32
+            for cut in range(cuts):
+                at = (cut / cuts, (cut + 1) / cuts)
+                seconds = {name: min(none[name] + x * (full[name] - none[name]) for x in at) for name in none}
+                tok_s = high * gen_len / max(seconds.values())
+                if best is None or tok_s > best.tok_s:
+                    share = resident if place.ffn_on_gpu else resident * sum(at) / 2
+                    best = Bound(tok_s=tok_s, policy=replace(policy, weights_on_gpu=share), seconds=seconds)
     assert best is not None
     return best
+
+
+def _largest_batch(model: MoEModel, workload: Workload, free: float) -> int:
+    """Most sequences whose KV caches fit `free` bytes, at least one."""
+
+    def fits(n: int) -> bool:
+        return float(kv_cache_bytes(model, n, float(prompt_tokens(workload, n)), workload.gen_len)) <= free
+
+    high = 1
+    while fits(high):
+        high *= 2
+    low = high // 2
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if fits(middle) else (low, middle)
+    return max(1, low)
+
+
+def _ranges(most: int) -> list[tuple[int, int]]:
+    """Ranges of batch sizes that cover 1 to `most`, each of about a tenth of its size."""
+    ranges, low = [], 1
+    while low <= most:
+        high = min(most, max(low, int(low * 1.1)))
+        ranges.append((low, high))
+        low = high + 1
+    return ranges
+
+
+def _shortest_mean(workload: Workload, low: int, high: int) -> float:
+    """Smallest mean prompt length of the first n requests, n from `low` to `high`."""
+    if workload.padded or not workload.prompt_lens:
+        return workload.effective_prompt
+    # Far beyond the list, the mean hardly moves any more; the list's length on either side is enough.
+    span = len(workload.prompt_lens)
+    tried = np.arange(low, min(high, low + span) + 1)
+    tried = np.append(tried, np.arange(max(low, high - span), high + 1))
+    return float((prompt_tokens(workload, tried) / tried).min())

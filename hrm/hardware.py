@@ -25,8 +25,8 @@ from hrm.units import (
 
 __all__ = ["RATE_SETS", "Curve", "Hardware", "Link", "MemoryLevel", "Provenance", "Quantity", "Rates"]
 
-Provenance = Literal["spec", "paper", "measured", "fitted"]
-RATE_SETS: tuple[Provenance, ...] = ("fitted", "measured", "paper", "spec")
+Provenance = Literal["spec", "published", "paper", "measured", "fitted"]
+RATE_SETS: tuple[Provenance, ...] = ("fitted", "measured", "paper", "published", "spec")
 """Best first: the order in which a machine's default set is chosen."""
 
 
@@ -299,12 +299,33 @@ class Hardware:
             dram_bandwidth=float(cpu.bandwidth),
         )
 
+    @property
+    def published(self) -> Hardware | None:
+        """The machine with published measurements in place of the data sheet, or None if there are none."""
+
+        def measured(number: Quantity) -> Quantity:
+            return number if number.measured is None else replace(number, value=number.measured)
+
+        levels = tuple(
+            replace(
+                level,
+                capacity=measured(level.capacity),
+                bandwidth=measured(level.bandwidth),
+                peak_flops=measured(level.peak_flops),
+            )
+            for level in self.levels
+        )
+        links = tuple(replace(link, bandwidth=measured(link.bandwidth)) for link in self.links)
+        changed = replace(self, levels=levels, links=links)
+        return None if changed == self else changed
+
     def rates(self, efficiency: str | None = None) -> Rates:
         """Rates of the set `efficiency`, by default the best that the machine has.
 
         Parameters
         ----------
-        efficiency : {"fitted", "measured", "paper", "spec"}, optional
+        efficiency : {"fitted", "measured", "paper", "published", "spec"}, optional
+            ``published`` is ``spec`` with published measurements where the file has them.
 
         Raises
         ------
@@ -312,12 +333,22 @@ class Hardware:
             If the machine has no such set.
         """
         if efficiency is None:
-            efficiency = next((name for name in RATE_SETS if name in self.rate_sets), "spec")
+            efficiency = self.efficiencies[0]
         if efficiency == "spec":
             return self.spec_rates()
-        if efficiency not in self.rate_sets:
-            raise UnknownName.of(f"efficiency of {self.name}", efficiency, [*self.rate_sets, "spec"])
+        if efficiency not in self.efficiencies:
+            raise UnknownName.of(f"efficiency of {self.name}", efficiency, self.efficiencies)
+        if efficiency == "published":
+            assert self.published is not None
+            source = "published measurements of single resources, else the data sheet; an upper bound"
+            return replace(self.published.spec_rates(), provenance="published", source=source)
         return self.rate_sets[efficiency]
+
+    @property
+    def efficiencies(self) -> list[str]:
+        """Names of the rate sets that the machine has, the best first."""
+        have = {*self.rate_sets, "spec"} | ({"published"} if self.published is not None else set())
+        return [name for name in RATE_SETS if name in have]
 
     def with_link(self, bandwidth: float | None) -> Hardware:
         """The same machine with every measured link paced to `bandwidth` bytes/s (None: unpaced)."""
@@ -351,14 +382,13 @@ class Hardware:
             levels.append(
                 replace(
                     level,
-                    capacity=replace(level.capacity, value=level.capacity.value * size),
-                    bandwidth=replace(level.bandwidth, value=level.bandwidth.value * band),
-                    peak_flops=replace(level.peak_flops, value=level.peak_flops.value * speed),
+                    capacity=_times(level.capacity, size),
+                    bandwidth=_times(level.bandwidth, band),
+                    peak_flops=_times(level.peak_flops, speed),
                 )
             )
         links = tuple(
-            x if x.source == x.target else replace(x, bandwidth=replace(x.bandwidth, value=x.bandwidth.value * link))
-            for x in self.links
+            x if x.source == x.target else replace(x, bandwidth=_times(x.bandwidth, link)) for x in self.links
         )
         by_field = {
             "gpu_gemm": gpu_speed, "gpu_experts": gpu_speed, "gpu_attention": gpu_speed,
@@ -434,6 +464,11 @@ class Hardware:
     def _repr_html_(self) -> str:
         head, *rest = str(self).split("\n")
         return f"<b>{head}</b><ul>{''.join(f'<li>{line.strip()}</li>' for line in rest)}</ul>"
+
+
+def _times(number: Quantity, factor: float) -> Quantity:
+    measured = None if number.measured is None else number.measured * factor
+    return replace(number, value=number.value * factor, measured=measured)
 
 
 def _scale_rates(rates: Rates, factors: Mapping[str, float]) -> Rates:

@@ -98,8 +98,8 @@ def hardware_from_dict(data: Mapping[str, Any], *, name: str) -> Hardware:
     )
     sets: dict[str, Rates] = {}
     for set_name, entry in (_table(data, "rates", where) if "rates" in data else {}).items():
-        if set_name not in RATE_SETS or set_name == "spec":
-            raise UnknownName.of("rate set", set_name, [x for x in RATE_SETS if x != "spec"])
+        if set_name not in RATE_SETS or set_name in ("spec", "published"):
+            raise UnknownName.of("rate set", set_name, [x for x in RATE_SETS if x not in ("spec", "published")])
         sets[set_name] = _rates(entry, set_name, machine.spec_rates(), f"{where}, rates {set_name!r}")
     return replace(machine, rate_sets=sets)
 

@@ -113,6 +113,10 @@ class MoEModel:
         order = (self.order * -(-num_layers // len(self.order)))[:num_layers]
         return replace(self, order=order)
 
+    def with_dtype(self, dtype: str) -> MoEModel:
+        """The same model with every weight and activation in `dtype`, however its checkpoint stores them."""
+        return replace(self, dtype=dtype, dense_weight_bytes=None, expert_weight_bytes=None)
+
     def with_kv_dtype(self, dtype: str | None) -> MoEModel:
         """The same model with its KV cache kept in another type."""
         return replace(self, kv_dtype=dtype)

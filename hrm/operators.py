@@ -238,21 +238,40 @@ def attention_core(
     )
 
 
-def expert_ffn(model: MoEModel, tokens: Number, layer: Layer | None = None) -> Operator:
+def expert_ffn(
+    model: MoEModel, tokens: Number, layer: Layer | None = None, *, count: Literal["exact", "paper"] = "exact"
+) -> Operator:
     """The routed experts of one layer on `tokens` tokens, only those that are expected to be active.
 
     A dense FFN counts as one expert that takes every token.
+
+    Parameters
+    ----------
+    count : {"exact", "paper"}
+        ``exact`` reads the experts that the tokens are expected to activate, and activations of every routed
+        token; ``paper`` reads all experts, and each token's input and output once, as the authors' Fig. 5 does.
+
+    References
+    ----------
+    MoE-Lightning, Fig. 5 and section 3.3.
+
+    Examples
+    --------
+    >>> mixtral = MoEModel.from_catalog("mixtral-8x7b")
+    >>> round(expert_ffn(mixtral, 128, count="paper").intensity, 2)
+    31.95
     """
     ffn = (layer or model.main_layer).ffn
     h, i, b = model.hidden_size, ffn.intermediate_size, model.dtype_bytes
     active = active_experts(ffn, tokens)
     routed = tokens * ffn.top_k
+    read = active if count == "exact" else ffn.num_experts
     return Operator(
         name="experts" if ffn.routed else "ffn",
         kind="experts" if ffn.routed else "gemm",
         flops=2 * ffn.matrices * routed * h * i,
-        weight_bytes=active * ffn.expert_parameters * model.expert_element_bytes,
-        activation_bytes=2 * routed * (h + i) * b,
+        weight_bytes=read * ffn.expert_parameters * model.expert_element_bytes,
+        activation_bytes=(2 * routed if count == "exact" else tokens) * (h + i) * b,
         rows=routed / active,
         launches=8 * active + 8 if ffn.routed else ffn.matrices + 1,
     )

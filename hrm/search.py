@@ -137,6 +137,10 @@ def plan(
         max_batch_size = min(num_requests, max_batch_size or num_requests)
     if resolution not in ("fine", "coarse"):
         raise InvalidValue(f"'resolution' must be 'fine' or 'coarse': {resolution!r}")
+    if solver not in ("grid", "milp"):
+        raise InvalidValue(f"'solver' must be 'grid' or 'milp': {solver!r}")
+    if solver == "milp" and num_requests is not None:
+        raise InvalidValue("the solver 'milp' plans for requests without end; with 'num_requests' use 'grid'.")
     if objective == "paper" and (num_requests is not None or attention_on_gpu or ffn_on_gpu is False):
         raise InvalidValue(
             "the authors' problem has attention on the CPU, experts on the GPU and requests without end; "

@@ -94,13 +94,14 @@ def solve_grid(problems: Sequence[Problem]) -> Solution | None:
     return None if best is None else best[2]
 
 
-def solved_grid(problem: Problem, bound: float = np.inf) -> SolvedGrid:
+def solved_grid(problem: Problem, bound: float | None = None) -> SolvedGrid:
     """Optimal shares of every point of a problem's grid.
 
     Parameters
     ----------
-    bound : float
-        Seconds per token that are already reached: points that cannot be better are left at infinity.
+    bound : float, optional
+        Seconds per token that are already reached: only points that can be better, and than each other, get
+        their optimal shares; the others keep feasible ones. By default every point gets its own optimum.
     """
     line = _free_line(problem)
     shape = problem.shape
@@ -142,7 +143,7 @@ def _free_line(problem: Problem) -> _Line:
         line = ((0.0, 1.0), (np.where(some, start, -1.0), np.where(some, slope, 0.0)))
     low: Any = 0.0
     high: Any = 0.0 if w is not None and c is not None else 1.0
-    cut = _Line(*line, low, high)
+    cut = _Line(line[0], line[1], low, high)
     limits = [(-share[0], -share[1]) for share in (cut.w, cut.c)] + [
         (share[0] - 1.0, share[1]) for share in (cut.w, cut.c)
     ]
@@ -215,7 +216,7 @@ def _tangents(
     high: np.ndarray,
     x: np.ndarray,
     seconds: np.ndarray,
-    bound: float,
+    bound: float | None,
 ) -> tuple[np.ndarray, np.ndarray]:
     """Minimum of a convex, piecewise linear function in [low, high], whose slope at `high` is positive."""
     x, seconds = x.copy(), seconds.copy()
@@ -234,7 +235,7 @@ def _tangents(
             step = (f_right - f_left - s_right * (right - left)) / (s_left - s_right)
         meet = np.clip(left + step, left, right)
         reach = f_left + s_left * (meet - left)  # no point of the function lies below the tangents
-        best = min(bound, float(seconds.min()))
+        best = np.inf if bound is None else min(bound, float(seconds.min()))
         alive &= (reach < best) & (reach < seconds.ravel()[index] * (1 - 1e-12)) & np.isfinite(meet)
         if not alive.any():
             break

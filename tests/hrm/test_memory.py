@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hrm import BatchShape, Hardware, MoEModel
+from hrm import BatchShape, Hardware, MoEModel, catalog
 from hrm.errors import DoesNotFit
 from hrm.memory import Footprint, batch_footprint, check_fits, footprint, usable_bytes
 from hrm.pipeline import ACTIVATION_SLOTS, activation_bytes, prefill_slot_bytes
@@ -65,23 +65,98 @@ def test_a_larger_batch_never_needs_less(n, mu, r_w, prompt, gen_len, more) -> N
 
 
 def test_grid_equals_single_points() -> None:
-    """Arrays over a grid give the footprint of each point."""
+    """Arrays over a grid give the footprint of each point, for each point's share."""
     mu, r_w = np.array([1.0, 8.0, 64.0]), np.array([0.0, 0.5, 1.0])
     together = footprint(
         MIXTRAL,
         batch_size=mu * 2,
         micro_batch_size=mu,
         num_micro_batches=2,
-        weights_on_gpu=r_w,
         micro_batch_tokens=mu * 10,
         batch_tokens=mu * 20,
         longest_prompt=10,
         gen_len=4,
-    )
+    ).at(r_w)
     for i in range(3):
         single = need(n=int(2 * mu[i]), mu=int(mu[i]), r_w=float(r_w[i]), prompt=10, gen_len=4)
         assert together.gpu_bytes[i] == pytest.approx(single.gpu_bytes)
         assert together.cpu_bytes[i] == pytest.approx(single.cpu_bytes)
+
+
+def placed(model: MoEModel = MIXTRAL, *, r_w: float = 0.1, r_c: float = 0.0, **options) -> Footprint:
+    """The footprint of 64 prompts of 100 tokens, 8 generated, in micro-batches of 16, anywhere."""
+    sizes = {"batch_size": 64, "micro_batch_size": 16, "num_micro_batches": 4, "micro_batch_tokens": 1600}
+    sizes |= {"batch_tokens": 6400, "longest_prompt": 100, "gen_len": 8}
+    return footprint(model, **sizes, **options).at(r_w, r_c)
+
+
+def test_the_kv_cache_is_divided() -> None:
+    """With attention on the GPU, r_c of the KV cache lies there and the rest on the host, plus two layers' buffers."""
+    whole = placed().cpu["kv_cache"]
+    assert whole == 64 * 108 * 4096 * 32
+    assert "kv_cache" not in placed(r_c=0.5).gpu
+    for r_c in (0.0, 0.25, 1.0):
+        memory = placed(r_c=r_c, attention_on_gpu=True)
+        assert memory.gpu["kv_cache"] == pytest.approx(r_c * whole)
+        assert memory.cpu["kv_cache"] == pytest.approx((1 - r_c) * whole)
+        assert memory.gpu["kv_buffers"] == pytest.approx((1 - r_c) * 2 * 16 * 108 * 4096)
+
+
+def test_experts_on_the_cpu_need_room_to_compute() -> None:
+    """With experts on the CPU the host holds a micro-batch's routed activations; weights lie where they did."""
+    memory, usual = placed(ffn_on_gpu=False), placed()
+    assert memory.cpu["expert_workspace"] == 16 * (4096 + 2 * 2 * (4096 + 2 * 14336)) * 2
+    assert "expert_workspace" not in usual.cpu
+    assert memory.gpu == usual.gpu
+
+
+def test_gpus_divide_weights_and_caches() -> None:
+    """Each of four GPUs holds a quarter of weights, buffers and KV; the host's bytes do not depend on them."""
+    one, four = (placed(r_c=0.5, attention_on_gpu=True, num_gpus=count) for count in (1, 4))
+    for item in ("dense_weights", "resident_experts", "weight_buffers", "kv_cache", "kv_buffers", "decode_slots"):
+        assert four.gpu[item] == pytest.approx(one.gpu[item] / 4)
+    for item in ("hidden_states", "token_ids", "workspace"):
+        assert four.gpu[item] == one.gpu[item]
+    assert four.cpu == one.cpu
+
+
+def test_a_window_bounds_the_kv_cache() -> None:
+    """A layer with a window keeps no more tokens of a sequence than the window shows."""
+    layer = MIXTRAL.main_layer
+    windowed = replace(layer, attention=replace(layer.attention, window=30))
+    mixed = replace(MIXTRAL, kinds=(layer, windowed), order=(0,) * 8 + (1,) * 24)
+    assert placed(mixed).cpu["kv_cache"] == 64 * (8 * 108 + 24 * 30) * 4096
+    wide = replace(mixed, kinds=(layer, replace(layer, attention=replace(layer.attention, window=1000))))
+    assert placed(wide).cpu["kv_cache"] == placed().cpu["kv_cache"]
+
+
+def test_an_encoder_leaves_keys_and_values_of_the_prompt() -> None:
+    """Decoder layers hold generated tokens of their own and the prompt's for attention over the encoder."""
+    model = MoEModel.from_catalog("nllb-moe-54b")
+    assert placed(model).cpu["kv_cache"] == 24 * (64 * 8 + 6400) * 2 * 2048 * 4  # float32
+
+
+def test_weights_of_every_catalog_model_lie_somewhere() -> None:
+    """Dense, resident and streamed weights together are the model, whatever its layers and types."""
+    for name in catalog.names("models"):
+        model = catalog.load_model(name)
+        memory = placed(model, r_w=0.3)
+        total = memory.gpu["dense_weights"] + memory.gpu["resident_experts"] + memory.cpu["streamed_experts"]
+        assert total == pytest.approx(model.weight_bytes)
+        widest = max(model.kind_expert_bytes(kind) for kind in (*model.order, *model.encoder_order))
+        assert memory.gpu["weight_buffers"] == pytest.approx(2 * 0.7 * widest)
+
+
+@given(st.floats(0, 1), st.floats(0, 1), st.booleans(), st.booleans())
+def test_shares_enter_linearly(r_w: float, r_c: float, attention: bool, ffn: bool) -> None:
+    """A footprint at any shares is the mean of those at the corners, weighted by the shares."""
+    options = {"attention_on_gpu": attention, "ffn_on_gpu": ffn}
+    for total in ("gpu_bytes", "cpu_bytes"):
+        corner = {(w, c): getattr(placed(r_w=w, r_c=c, **options), total) for w in (0, 1) for c in (0, 1)}
+        mean = sum(
+            (r_w if w else 1 - r_w) * (r_c if c else 1 - r_c) * value for (w, c), value in corner.items()
+        )
+        assert getattr(placed(r_w=r_w, r_c=r_c, **options), total) == pytest.approx(mean)
 
 
 def test_usable_bytes_are_less_than_capacity() -> None:

@@ -1,0 +1,19 @@
+"""Figures of the papers from this project's own model, by name."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from experiments.reproduce.policy_maps import fig10
+from experiments.reproduce.result import Reproduced, rows_frame
+from experiments.reproduce.roofline_figures import fig4, fig5, measured_roofline
+
+__all__ = ["FIGURES", "Reproduced", "rows_frame"]
+
+FIGURES: dict[str, Callable[..., Reproduced]] = {
+    "fig4": fig4,
+    "fig5": fig5,
+    "fig10": fig10,
+    "measured-roofline": measured_roofline,
+}
+"""Each takes ``progress(done, total)``, which may be None, and returns a `Reproduced`."""
