@@ -24,7 +24,10 @@ from hrm.errors import CheckpointError, InvalidConfig, InvalidValue
 from hrm.model import MoEModel
 from hrm.units import format_bytes
 
-__all__ = ["TORCH_DTYPES", "Checkpoint", "make_checkpoint"]
+__all__ = ["RUNNABLE_ARCHITECTURES", "TORCH_DTYPES", "Checkpoint", "make_checkpoint"]
+
+RUNNABLE_ARCHITECTURES = ("mixtral",)
+"""Values of ``model_type`` that `executor.families` has layers for."""
 
 TORCH_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _FILE_DTYPES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
@@ -95,7 +98,7 @@ class Checkpoint:
             raise CheckpointError(f"checkpoint {str(path)!r} is not a folder.")
         if not (path / "config.json").exists():
             raise CheckpointError(f"checkpoint {str(path)!r} has no config.json.")
-        model = MoEModel.from_file(path)
+        model = _runnable(MoEModel.from_file(path))
         if model.sliding_window is not None and model.sliding_window < model.max_positions:
             raise InvalidConfig(f"'sliding_window' of {model.name!r} is not run by this version; set it to null.")
         entries: dict[str, _Entry] = {}
@@ -233,6 +236,16 @@ class Checkpoint:
         self.read(list(places), put)
 
 
+def _runnable(model: MoEModel) -> MoEModel:
+    """Refuse, by name, what the planner knows and the executor does not run."""
+    if model.architecture not in RUNNABLE_ARCHITECTURES:
+        raise InvalidConfig(
+            f"architecture {model.architecture!r} of {model.name!r} can be planned but not run; "
+            f"this version runs: {', '.join(RUNNABLE_ARCHITECTURES)}."
+        )
+    return model
+
+
 def _transformers_config(path: Path) -> Any:
     from transformers import AutoConfig
 
@@ -279,7 +292,7 @@ def make_checkpoint(
             raise InvalidValue(f"'dtype' must be one of {', '.join(TORCH_DTYPES)}: {dtype!r}")
         config.pop("torch_dtype", None)
         config["dtype"] = dtype
-    model = MoEModel.from_config(config, name=out.name)
+    model = _runnable(MoEModel.from_config(config, name=out.name))
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise InvalidValue(f"{str(out)!r} exists and is not an empty folder; choose another --out.")
     need = model.num_parameters * model.dtype_bytes

@@ -21,6 +21,7 @@ from experiments.options import (
 )
 from experiments.output import emit, save_figure
 from experiments.planning import plan_command, roofline_command, simulate_command, sweep_command
+from experiments.reproducing import reproduce_command
 from experiments.running import make_checkpoint_command, probe_command, run_command
 from hrm.errors import HrmError, InvalidSchedule, NotBuiltYet
 
@@ -143,7 +144,6 @@ def _not_built(name: str, summary: str) -> None:
 
 
 _not_built("calibrate", "Fit a machine's efficiencies to measurements.")
-_not_built("reproduce", "Set the papers' tables beside ours.")
 _not_built("experts", "Expert gating, caching and placement.")
 
 
@@ -152,6 +152,7 @@ _COMMANDS = (
     plan_command,
     sweep_command,
     simulate_command,
+    reproduce_command,
     models_command,
     hardware_command,
     workloads_command,

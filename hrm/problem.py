@@ -97,7 +97,7 @@ def grid_sizes(largest: int, *, every_to: int = 128) -> np.ndarray:
 
 
 def placements(attention_on_gpu: bool | None = None, ffn_on_gpu: bool | None = None) -> Iterator[Placement]:
-    """Every placement of attention and experts, with and without anything to stream.
+    """Every placement of attention and experts, with and without anything to stream; without comes first.
 
     Parameters
     ----------
@@ -106,8 +106,8 @@ def placements(attention_on_gpu: bool | None = None, ffn_on_gpu: bool | None = N
     """
     for attention in (False, True) if attention_on_gpu is None else (attention_on_gpu,):
         for ffn in (True, False) if ffn_on_gpu is None else (ffn_on_gpu,):
-            for streams_weights in (True, False) if ffn else (True,):
-                for streams_kv in (True, False) if attention else (True,):
+            for streams_weights in (False, True) if ffn else (True,):
+                for streams_kv in (False, True) if attention else (True,):
                     yield Placement(
                         attention_on_gpu=attention,
                         ffn_on_gpu=ffn,

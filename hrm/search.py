@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from dataclasses import replace
+from itertools import product
 from typing import Any, Literal, NoReturn
 
 import numpy as np
@@ -66,6 +67,8 @@ def evaluate(
     started = time.perf_counter()
     _check_request(model, workload, objective)
     rates = hardware.rates(_rate_set(hardware, efficiency, objective))
+    if policy.kv_on_gpu > 0 and not policy.attention_on_gpu:
+        raise InvalidValue(f"'kv_on_gpu' must be 0 where attention runs on the CPU: {policy.kv_on_gpu}")
     if objective == "paper":
         return _paper_plan(model, hardware, workload, rates, policy, started=started, evaluated=1, solver="none")
     memory = _policy_memory(model, hardware, workload, policy)
@@ -245,17 +248,22 @@ def _policy_of(found: Solution) -> Policy:
         weights_on_gpu=w,
         kv_on_gpu=c,
     )
-    # Shares in millionths, where that still fits: less GPU memory, more host memory.
-    rounded = replace(policy, weights_on_gpu=float(np.floor(w * 1e6) / 1e6), kv_on_gpu=float(np.floor(c * 1e6) / 1e6))
     at = (
         int(np.flatnonzero(found.problem.micro_batch[:, 0] == found.micro_batch_size)[0]),
         int(np.flatnonzero(found.problem.micro_batches[0] == found.num_micro_batches)[0]),
     )
-    for room in found.problem.rooms:
-        need = room.need.at(rounded.weights_on_gpu, rounded.kv_on_gpu)
-        if np.broadcast_to(need, found.problem.shape)[at] > room.room:
-            return policy
-    return rounded
+    # Shares in millionths, where that still fits; finer where both memories are full. Down leaves GPU memory
+    # free, except in a shallow model, where streaming needs larger buffers than keeping.
+    for scale, (round_w, round_c) in product((1e6, 1e9, 1e12), product((np.floor, np.ceil), repeat=2)):
+        near_w, near_c = float(round_w(w * scale) / scale), float(round_c(c * scale) / scale)
+        if (near_w == 1 > w) or (near_c == 1 > c):
+            continue
+        if all(
+            np.broadcast_to(room.need.at(near_w, near_c), found.problem.shape)[at] <= room.room
+            for room in found.problem.rooms
+        ):
+            return replace(policy, weights_on_gpu=near_w, kv_on_gpu=near_c)
+    return policy
 
 
 def _policy_memory(model: MoEModel, hardware: Hardware, workload: Workload, policy: Policy) -> Footprint:
@@ -399,8 +407,10 @@ def _soonest(
             weight * phase.seconds(*shares)
             for weight, phase in run_phases(times, last, problem.place, workload.gen_len)
         )
-        seconds = whole * n * workload.gen_len * solved.seconds_per_token + (rest > 0) * tail
-        per_token = np.where(np.isfinite(solved.seconds_per_token), seconds, np.inf) / (num_requests * workload.gen_len)
+        feasible = np.isfinite(solved.seconds_per_token)
+        full = np.where(feasible, solved.seconds_per_token, 0.0)
+        seconds = whole * n * workload.gen_len * full + (rest > 0) * tail
+        per_token = np.where(feasible, seconds, np.inf) / (num_requests * workload.gen_len)
         order = np.lexsort(((problem.micro_batches + 0 * mu).ravel(), n.ravel(), np.round(per_token, 15).ravel()))
         at = np.unravel_index(order[0], problem.shape)
         if best is None or per_token[at] < best.seconds_per_token * (1 - 1e-9):
@@ -417,8 +427,12 @@ def _soonest(
 
 def _explain_infeasible(model: MoEModel, hardware: Hardware, workload: Workload, problem: Problem) -> NoReturn:
     gpu_room, cpu_room = (room.room for room in problem.rooms)
-    need = [room.need.at(0.0, 0.0) for room in problem.rooms]
-    gpu, cpu = (float(np.min(x)) for x in need)
+    gpu_need, cpu_need = (room.need for room in problem.rooms)
+    gpu = float(np.min(gpu_need.at(0.0, 0.0)))
+    # The host holds what is left when the GPU takes all the experts it can.
+    with np.errstate(divide="ignore", invalid="ignore"):
+        most = np.where(np.asarray(gpu_need.w) > 0, (gpu_room - gpu_need.constant) / gpu_need.w, 1.0)
+    cpu = float(np.min(cpu_need.at(np.clip(most, 0.0, 1.0), 0.0)))
     each = " on each GPU" if hardware.num_gpus > 1 else ""
     lacks = []
     if gpu > gpu_room:
@@ -431,7 +445,7 @@ def _explain_infeasible(model: MoEModel, hardware: Hardware, workload: Workload,
         )
     if cpu > cpu_room:
         lacks.append(
-            f"CPU memory: {format_bytes(cpu)} needed for weights and one sequence, "
+            f"CPU memory: {format_bytes(cpu)} needed for the weights that the GPU cannot hold and one sequence, "
             f"{format_bytes(max(cpu_room, 0.0))} usable: {format_bytes(cpu - max(cpu_room, 0.0))} too little"
         )
     if not lacks:

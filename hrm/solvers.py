@@ -388,9 +388,9 @@ def _solve_chunk(candidates: list[_Candidate]) -> Solution | None:
                 return float(value)
             return float(np.broadcast_to(value, problem.shape).ravel()[index])
 
-        z = pulp.LpVariable(f"z{number}", cat=pulp.LpBinary)
-        w = pulp.LpVariable(f"w{number}", lowBound=0)
-        c = pulp.LpVariable(f"c{number}", lowBound=0)
+        z = model.add_variable(f"z{number}", cat=pulp.LpBinary)
+        w = model.add_variable(f"w{number}", lowBound=0)
+        c = model.add_variable(f"c{number}", lowBound=0)
         for share, fixed in ((w, problem.fixed_weights), (c, problem.fixed_kv)):
             if fixed is None:
                 model += share <= z
@@ -410,11 +410,11 @@ def _solve_chunk(candidates: list[_Candidate]) -> Solution | None:
             factor = number_of(weight) * per_token
             whole = []
             for q, (count, terms) in enumerate(phase.pairs):
-                t = pulp.LpVariable(f"t{number}_{p}_{q}", lowBound=0)
+                t = model.add_variable(f"t{number}_{p}_{q}", lowBound=0)
                 for term in terms.values():
                     model += t >= expression(term, factor * count)
                 whole.append(t)
-            s = pulp.LpVariable(f"s{number}_{p}", lowBound=0)
+            s = model.add_variable(f"s{number}_{p}", lowBound=0)
             model += s >= pulp.lpSum(whole)
             if phase.floor is not None:
                 model += s >= expression(phase.floor, factor)

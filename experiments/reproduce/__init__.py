@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+from experiments.reproduce.flexgen_table import flexgen_opt
 from experiments.reproduce.policy_maps import fig10
 from experiments.reproduce.result import Reproduced, rows_frame
 from experiments.reproduce.roofline_figures import fig4, fig5, measured_roofline
@@ -14,6 +15,7 @@ FIGURES: dict[str, Callable[..., Reproduced]] = {
     "fig4": fig4,
     "fig5": fig5,
     "fig10": fig10,
+    "flexgen-opt": flexgen_opt,
     "measured-roofline": measured_roofline,
 }
 """Each takes ``progress(done, total)``, which may be None, and returns a `Reproduced`."""

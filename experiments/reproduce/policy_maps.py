@@ -13,7 +13,8 @@ nothing is gained by moving KV to the CPU there, and their map of KV on the CPU 
 (on the CPU) only. Both problems are of decode alone, and take GPU memory as one pool without communication.
 
 `authors_policy` solves their two problems exactly; the program's own solver, at 500 GB/s, meets coefficients below
-its tolerance and stops at r_w = 0 where r_w = 0.87 is six times faster (pulp 3.3 with CBC, μ = 324, G = 1).
+its tolerance and stops at r_w = 0 where r_w = 0.87 is six times faster (pulp 3.3 with CBC, attention on the GPU,
+μ = 324, G = 1, 128 tokens).
 """
 
 from __future__ import annotations
@@ -202,7 +203,7 @@ def plot_fig10(frame: Any, figure: Any = None) -> Any:
 
         figure = plt.figure(figsize=(11.0, 3.8 * len(objectives)), layout="constrained")
     axes = figure.subplots(len(objectives), 2, squeeze=False)
-    values = {"weights_on_cpu": "share of expert weights on the CPU", "kv_on_cpu": "share of KV cache on the CPU"}
+    values = {"weights_on_cpu": "expert weights on the CPU", "kv_on_cpu": "KV cache on the CPU"}
     for objective, line in zip(objectives, axes, strict=True):
         mine = frame[frame["objective"] == objective]
         for (value, what), ax in zip(values.items(), line, strict=True):

@@ -141,12 +141,13 @@ def test_slower_link_lowers_the_prediction(hrm_json: Any) -> None:
         (["--batch-size", "4", "--micro-batch-size", "8"], "'micro_batch_size'"),
         (["--batch-size", "four"], "'four'"),
         (["--batch-size", "4", "--max-batch-size", "4"], "--max-batch-size"),
-        (["--batch-size", "4", "--attention-on-gpu", "1"], "not built yet"),
         (["--system", "flexgen"], "not built yet"),
         (["--system", "flexgan"], "unknown system"),
-        (["--objective", "paper"], "not built yet"),
-        (["--solver", "milp"], "not built yet"),
+        (["--objective", "papers"], "'papers'"),
+        (["--objective", "paper", "--gen-len", "1"], "'gen_len' must be >= 2"),
+        (["--solver", "simplex"], "'simplex'"),
         (["--efficiency", "measured"], "Known: paper, spec"),
+        (["--dtype", "float15"], "'float15'"),
         (["--device-memory", "16"], "'16 GiB'"),
         (["--link-bandwidth", "fast"], "'none'"),
         (["--gen-len", "0"], "'gen_len'"),
@@ -159,6 +160,85 @@ def test_bad_options_are_one_line(refused: Any, command: str, options: list[str]
     assert words in refused(command, *L4, *options)
 
 
+@pytest.mark.parametrize(
+    "options",
+    [
+        ["--attention-on-gpu", "1"],
+        ["--ffn-on-gpu", "0"],
+        ["--batch-size", "4", "--attention-on-gpu", "1", "--kv-on-gpu", "1"],
+    ],
+)
+def test_places_without_a_schedule_are_planned_not_simulated(hrm: Any, refused: Any, options: list[str]) -> None:
+    """The closed form knows attention on the GPU and experts on the CPU; the simulator says that it does not."""
+    assert hrm("plan", *L4, *options).code == 0
+    assert "not built yet" in refused("simulate", *L4, *options)
+
+
+def test_kv_on_the_gpu_needs_attention_there(refused: Any) -> None:
+    """A KV share on the GPU is refused while attention runs on the CPU."""
+    assert "'kv_on_gpu' must be 0" in refused("plan", *L4, "--batch-size", 4, "--kv-on-gpu", 0.5)
+
+
+def test_places_alone_are_conditions_on_the_search(hrm_json: Any) -> None:
+    """--attention-on-gpu without --batch-size is searched under, not evaluated."""
+    result = hrm_json("plan", *L4, "--attention-on-gpu", 1, "--no-advice")
+    assert result["policy"]["attention_on_gpu"] is True
+    assert result["search"]["evaluated"] > 100_000
+    assert result["predicted"]["throughput_tok_s"] < hrm_json("plan", *L4)["predicted"]["throughput_tok_s"]
+
+
+def test_the_papers_objective(hrm_json: Any) -> None:
+    """The authors' policy gives their numbers, and the search of their problem beats it, with either solver."""
+    case = ("--model", "mixtral-8x7b", "--hardware", "gcp-l4-1x", "--workload", "77,32")
+    paper = ("plan", *case, "--objective", "paper", "--no-advice")
+    policy = ("--batch-size", 4536, "--micro-batch-size", 324, "--weights-on-gpu", 0.055884688)
+    theirs = hrm_json(*paper, *policy)["predicted"]
+    assert theirs["throughput_tok_s"] == pytest.approx(944.66, rel=1e-3)
+    assert theirs["layer_s"] == pytest.approx(0.1549, rel=1e-3)
+    for solver in ("grid", "milp"):
+        assert hrm_json(*paper, "--solver", solver)["predicted"]["throughput_tok_s"] >= 964
+
+
+def test_plan_gives_slack_memory_and_advice(hrm: Any, hrm_json: Any) -> None:
+    """The answer says what binds, how idle the rest is, what each tier holds, and what would help."""
+    result = hrm_json("plan", *L4)
+    assert result["slack"][result["predicted"]["bottleneck"]] < 0.1
+    assert result["memory"]["gpu_bytes"] <= result["memory"]["gpu_usable_bytes"]
+    gains = [change["gain"] for change in result["advice"]]
+    assert gains == sorted(gains, reverse=True) and gains[-1] > -1e-6
+    assert "+64 GiB CPU memory: +" in hrm("plan", *L4).out
+
+
+def test_a_machine_of_several_gpus_is_simulated(hrm_json: Any) -> None:
+    """GPUs of one host work in lockstep, in the plan and in the simulation."""
+    result = hrm_json("simulate", "--model", "mixtral-8x22b", "--hardware", "gcp-t4-4x", "--workload", "77,4")
+    assert result["throughput_tok_s"] > 0
+
+
+def test_sweep_is_a_table_and_goes_on(hrm: Any, hrm_json: Any, tmp_path: Path) -> None:
+    """A sweep has a row per combination, with the reason where nothing fits; its file is not planned again."""
+    out = tmp_path / "sweep.jsonl"
+    sweep = ("sweep", "--model", "mixtral-8x7b", "--hardware", "gcp-l4-1x", "--hardware", "cpu-2core", "--workload")
+    sweep = (*sweep, "77,32", "--gen-len", 8, "--gen-len", 16, "--jobs", 1, "--out", out)
+    rows = hrm_json(*sweep)["rows"]
+    assert len(rows) == 4
+    assert [row["error"] is None for row in rows] == [True, True, False, False]
+    assert hrm_json(*sweep)["rows"] == rows
+    assert "does not fit" in hrm(*sweep).out
+
+
+def test_reproduce_sets_published_beside_ours(hrm: Any, hrm_json: Any, refused: Any, tmp_path: Path) -> None:
+    """Figures come as numbers, errors and pictures; names to come and misspelt names are refused."""
+    result = hrm_json("reproduce", "fig4", "flexgen-opt", "--out", tmp_path)
+    keys = {"setting", "system", "workload", "gen_len", "published", "predicted", "error", "split"}
+    assert all(keys <= set(row) for row in result["rows"])
+    assert (tmp_path / "fig4.png").stat().st_size > 10_000
+    assert (tmp_path / "flexgen-opt.csv").exists()
+    assert "cost model" in hrm("reproduce", "flexgen-opt", "--out", tmp_path).out
+    assert "not built yet" in refused("reproduce", "fig7")
+    assert "Did you mean 'fig5'?" in refused("reproduce", "fig55")
+
+
 def test_what_does_not_fit_exits_with_3(refused: Any) -> None:
     """Too little memory is another kind of failure than bad input."""
     assert "GPU memory" in refused("plan", *L4, "--batch-size", 64, "--weights-on-gpu", 0.9, code=3)
@@ -169,7 +249,6 @@ def test_what_does_not_fit_exits_with_3(refused: Any) -> None:
     "args",
     [
         ("calibrate", "--rows", "x"),
-        ("reproduce", "all", "--out", "d"),
         ("experts", "cache", "--slots", "2,4"),
     ],
 )
@@ -190,7 +269,7 @@ def test_interrupt_is_one_line(hrm: Any, monkeypatch: pytest.MonkeyPatch) -> Non
     def stop(*_: object, **__: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("experiments.cli.make_plan", stop)
+    monkeypatch.setattr("experiments.planning.make_plan", stop)
     done = hrm("plan", *L4)
     assert (done.code, done.err.strip()) == (130, "hrm: error: interrupted")
 

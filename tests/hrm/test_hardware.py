@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from hrm import Hardware, catalog
 from hrm.errors import HrmError, InvalidConfig, InvalidValue, UnknownName
-from hrm.hardware import RATE_SETS, Curve
+from hrm.hardware import RATE_SETS, Curve, Rates
 
 MACHINES = catalog.names("hardware")
 
@@ -183,6 +183,165 @@ def test_with_capacity(l4: Hardware) -> None:
     assert small.cpu == l4.cpu
     assert small.gpu.bandwidth == l4.gpu.bandwidth
     assert l4.with_capacity() == l4
+
+
+def test_with_capacity_reaches_the_rate_sets(l4: Hardware) -> None:
+    """A budget replaces the capacity that the authors profiled, too; the other memory keeps its own."""
+    assert l4.rates("paper").gpu_capacity == 24 * 2**30
+    small = l4.with_capacity(gpu_bytes=10**9).rates("paper")
+    assert small.gpu_capacity == 1e9
+    assert small.cpu_capacity == l4.rates("paper").cpu_capacity == 197_880_360_960
+    assert l4.with_capacity(cpu_bytes=10**9).rates("paper").cpu_capacity == 1e9
+
+
+SCALES = {
+    "gpu_memory": (["gpu_capacity"], "gpu", "capacity"),
+    "cpu_memory": (["cpu_capacity"], "cpu", "capacity"),
+    "gpu_speed": (["gpu_gemm", "gpu_experts", "gpu_attention"], "gpu", "peak_flops"),
+    "cpu_speed": (["cpu_attention_flops", "cpu_experts"], "cpu", "peak_flops"),
+    "gpu_bandwidth": (["gpu_bandwidth", "gpu_decode_attention"], "gpu", "bandwidth"),
+    "cpu_bandwidth": (
+        ["cpu_attention", "cpu_weight_bandwidth", "staging_bandwidth", "dram_bandwidth"], "cpu", "bandwidth"
+    ),
+    "link": (["h2d_bandwidth", "d2h_bandwidth"], None, None),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("factor", [0.5, 3.0])
+@pytest.mark.parametrize("resource", SCALES)
+def test_scaled(l4: Hardware, resource: str, factor: float) -> None:
+    """Scaling a resource multiplies its numbers in data sheet and rate sets, and leaves all others alone."""
+    names, level, key = SCALES[resource]
+    other = l4.scaled(**{resource: factor})
+    for one in l4.levels:
+        for number in ("capacity", "bandwidth", "peak_flops"):
+            by = factor if (one.name, number) == (level, key) else 1
+            assert float(getattr(other.level(one.name), number)) == pytest.approx(by * float(getattr(one, number)))
+    for link in l4.links:
+        by = factor if resource == "link" else 1
+        assert float(other.link(link.source, link.target).bandwidth) == by * float(link.bandwidth)
+    for efficiency in ("paper", "spec"):
+        before, after = l4.rates(efficiency), other.rates(efficiency)
+        for item in fields(Rates):
+            old, new = getattr(before, item.name), getattr(after, item.name)
+            if isinstance(old, Curve):
+                old, new = old.peak, new.peak
+            if item.name in names and old is not None:
+                assert new == pytest.approx(factor * old), (efficiency, item.name)
+            else:
+                assert new == old, (efficiency, item.name)
+
+
+def test_scaling_leaves_the_gpus_link_alone(v100: Hardware) -> None:
+    """A faster link between host and GPUs is none between GPUs; curves keep their sizes."""
+    assert v100.peer is not None
+    assert v100.scaled(link=2.0).peer == v100.peer
+    curve = Curve(((1.0, 2.0), (5.0, 4.0)))
+    assert curve.scaled(3.0).points == ((1.0, 6.0), (5.0, 12.0))
+    assert v100.scaled() == v100
+
+
+@pytest.mark.parametrize("factor", [0.0, -1.0, float("nan")])
+def test_a_factor_must_be_positive(l4: Hardware, factor: float) -> None:
+    """A machine scaled by nothing is refused."""
+    with pytest.raises(InvalidValue, match="factors of a machine must be > 0"):
+        l4.scaled(link=factor)
+
+
+# -- several GPUs --------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def v100() -> Hardware:
+    """A node of eight GPUs."""
+    return Hardware.from_catalog("v100-node-8x")
+
+
+def test_several_gpus(v100: Hardware) -> None:
+    """Levels and rates are those of one GPU, links those of the node, and one GPU's exchange is a rate of its own."""
+    assert v100.num_gpus == 8
+    assert float(v100.gpu.capacity) <= 32e9
+    assert v100.peer is not None
+    assert v100.spec_rates().peer_bandwidth == float(v100.peer.bandwidth)
+    assert "  gpu: 8 x " in str(v100)
+    assert Hardware.from_catalog("gcp-l4-1x").spec_rates().peer_bandwidth is None
+    assert Hardware.from_catalog("gcp-l4-1x").peer is None
+
+
+def test_several_gpus_need_a_link_between_them(data: dict[str, Any]) -> None:
+    """A machine of two GPUs without a link gpu->gpu is refused by name; with one it is read back."""
+    data["num_gpus"] = 2
+    with pytest.raises(InvalidConfig, match="has 2 GPUs and no link gpu->gpu"):
+        load(data)
+    data["links"].append({"source": "gpu", "target": "gpu", "bandwidth": {"value": "300 GB/s", "source": "NVLink"}})
+    machine = load(data)
+    assert machine.num_gpus == 2
+    assert machine.rates("paper").peer_bandwidth == 300e9
+    assert load(machine.to_dict()) == machine
+
+
+@pytest.mark.parametrize("value", [0, -1, 1.5, True, "2", None])
+def test_the_number_of_gpus_is_a_positive_integer(data: dict[str, Any], value: Any) -> None:
+    """A number of GPUs that is none is refused with its value."""
+    data["num_gpus"] = value
+    with pytest.raises(InvalidConfig, match=f"'num_gpus' .* must be an integer >= 1: {value!r}"):
+        load(data)
+
+
+def test_published_measurements_stand_beside_the_number(data: dict[str, Any]) -> None:
+    """A number may say what somebody measured, with a source; nothing is computed from it, and it is kept."""
+    entry = data["levels"]["gpu"]["bandwidth"]
+    entry |= {"measured": "220 GB/s", "measured_source": "a paper"}
+    machine = load(data)
+    assert (machine.gpu.bandwidth.measured, machine.gpu.bandwidth.measured_source) == (220e9, "a paper")
+    assert machine.spec_rates().gpu_bandwidth == 300e9
+    assert load(machine.to_dict()) == machine
+    del entry["measured_source"]
+    with pytest.raises(InvalidConfig, match="lacks 'measured_source'"):
+        load(data)
+    entry |= {"measured": "220 GB", "measured_source": "a paper"}
+    with pytest.raises(InvalidConfig, match="level 'gpu'"):
+        load(data)
+
+
+def test_published_measurements_are_a_set_of_rates(data: dict[str, Any]) -> None:
+    """What was measured replaces the data sheet in a set of its own, which scales with the machine."""
+    assert load(data).published is None
+    with pytest.raises(UnknownName, match="'published'"):
+        load(data).rates("published")
+    data["levels"]["gpu"]["bandwidth"] |= {"measured": "220 GB/s", "measured_source": "a paper"}
+    machine = load(data)
+    assert machine.efficiencies == ["paper", "published", "spec"]
+    rates, spec = machine.rates("published"), machine.spec_rates()
+    assert rates.gpu_bandwidth == rates.gpu_decode_attention.peak == 220e9
+    assert (rates.provenance, rates.h2d_bandwidth, rates.gpu_gemm) == ("published", spec.h2d_bandwidth, spec.gpu_gemm)
+    twice = machine.scaled(gpu_bandwidth=2.0)
+    assert (twice.rates("published").gpu_bandwidth, twice.rates("spec").gpu_bandwidth) == (440e9, 600e9)
+    data["rates"]["published"] = {"source": "me"}
+    with pytest.raises(UnknownName, match="rate set 'published'"):
+        load(data)
+
+
+def test_capacities_and_exchange_of_a_rate_set(data: dict[str, Any], tmp_path: Path) -> None:
+    """A rate set may state capacities and what an exchange costs; they survive a saved file."""
+    data["rates"]["measured"] = {
+        "source": "me", "gpu_capacity": "22 GiB", "cpu_capacity": "100 GB", "peer_bandwidth": "40 GB/s", "peer_s": 5e-6,
+        "cpu_experts": [[1, "1 GFLOP/s"], [64, "200 GFLOP/s"]], "gpu_decode_attention": "250 GB/s",
+        "cpu_weight_bandwidth": "60 GB/s",
+    }  # fmt: skip
+    rates = load(data).rates("measured")
+    assert (rates.gpu_capacity, rates.cpu_capacity) == (22 * 2**30, 100e9)
+    assert (rates.peer_bandwidth, rates.peer_s) == (40e9, 5e-6)
+    assert (rates.cpu_experts.at(64), rates.gpu_decode_attention.peak, rates.cpu_weight_bandwidth) == (
+        200e9,
+        250e9,
+        60e9,
+    )
+    load(data).save(tmp_path / "m.json")
+    assert Hardware.from_file(tmp_path / "m.json").rates("measured") == rates
+    data["rates"]["measured"]["gpu_capacity"] = "22 GB/s"
+    with pytest.raises(InvalidConfig, match="'gpu_capacity'"):
+        load(data)
 
 
 @pytest.mark.parametrize("name", ["gpu_bandwidth", "task_s", "cores"])

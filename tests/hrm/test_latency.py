@@ -218,9 +218,10 @@ def test_the_weights_of_the_next_layer_travel_in_a_layers_time() -> None:
     assert model.layer_counts == {0: 1, 1: 26}
     sizes = Sizes(micro_batch=10, micro_batches=2, prompt_len=100)
     phase = decode_phase(TaskTimes(model, SPEC), sizes, Placement(), context=100)
-    staged = {pair: float(terms["staging copy"].at(0.0, 0.0)) * 50e9 for pair, (_, terms) in zip(
-        model.layer_pairs, phase.pairs, strict=True
-    )}
+    staged = {
+        pair: float(terms["staging copy"].at(0.0, 0.0)) * 50e9
+        for pair, (_, terms) in zip(model.layer_pairs, phase.pairs, strict=True)
+    }
     assert [count for count, _ in phase.pairs] == list(model.layer_pairs.values())
     assert staged == pytest.approx({pair: model.kind_expert_bytes(pair[1]) for pair in model.layer_pairs})
 
@@ -414,7 +415,12 @@ def test_prefill_offloads_what_is_not_on_the_gpu() -> None:
 def test_an_encoder_decoder_run() -> None:
     """NLLB-MoE is encoded, then decoded from nothing: finite, positive, and longer for longer prompts."""
     model = MoEModel.from_catalog("nllb-moe-54b")
-    for place in ({}, {"attention_on_gpu": True}, {"ffn_on_gpu": False}, {"attention_on_gpu": True, "ffn_on_gpu": False}):
+    for place in (
+        {},
+        {"attention_on_gpu": True},
+        {"ffn_on_gpu": False},
+        {"attention_on_gpu": True, "ffn_on_gpu": False},
+    ):
         short, long = (run(SPEC, model=model, prompt=prompt, **place) for prompt in (100, 400))
         assert 0 < short.prefill_s < long.prefill_s < math.inf
         assert 0 < short.decode_s <= long.decode_s < math.inf

@@ -153,9 +153,7 @@ def test_shares_enter_linearly(r_w: float, r_c: float, attention: bool, ffn: boo
     options = {"attention_on_gpu": attention, "ffn_on_gpu": ffn}
     for total in ("gpu_bytes", "cpu_bytes"):
         corner = {(w, c): getattr(placed(r_w=w, r_c=c, **options), total) for w in (0, 1) for c in (0, 1)}
-        mean = sum(
-            (r_w if w else 1 - r_w) * (r_c if c else 1 - r_c) * value for (w, c), value in corner.items()
-        )
+        mean = sum((r_w if w else 1 - r_w) * (r_c if c else 1 - r_c) * value for (w, c), value in corner.items())
         assert getattr(placed(r_w=r_w, r_c=r_c, **options), total) == pytest.approx(mean)
 
 

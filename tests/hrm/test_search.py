@@ -15,13 +15,19 @@ from hypothesis import strategies as st
 from hrm import BatchShape, Hardware, MoEModel, Policy, Workload, catalog, evaluate, micro_batches, plan
 from hrm.bound import machine_bound
 from hrm.errors import DoesNotFit, HrmError, PolicyInfeasible
-from hrm.hardware import Curve
 from hrm.memory import batch_footprint, check_fits, usable_bytes
 from hrm.pipeline import prefill_slot_bytes
 from hrm.task_times import TaskTimes
 
 MIXTRAL = MoEModel.from_catalog("mixtral-8x7b")
 L4 = Hardware.from_catalog("gcp-l4-1x")
+OTHERS = {
+    name: MoEModel.from_catalog(name)
+    for name in (
+        "mixtral-8x7b", "deepseek-v2-lite", "gpt-oss-20b", "nllb-moe-54b", "opt-6.7b", "qwen3-30b-a3b",
+        "fairseq-moe-52b",
+    )
+}  # fmt: skip
 WORKLOADS = ["mtbench", "512,32", "helm-summarization", "77,1", "16,2", "30,300", "helm-synthetic-reasoning"]
 PLACES = [{"attention_on_gpu": attention, "ffn_on_gpu": ffn} for attention in (False, True) for ffn in (True, False)]
 OFFLOADED = {"attention_on_gpu": False, "ffn_on_gpu": True}
@@ -34,9 +40,13 @@ factors = st.floats(1.0, 8.0)
 def cases() -> list:
     """Every catalog model and every machine several times, each pair with another workload."""
     models, machines = catalog.names("models"), catalog.names("hardware")
-    pairs = [(models[i % len(models)], machines[(3 * i + i // 20) % len(machines)]) for i in range(2 * len(models))]
+    pairs = [
+        (models[i % len(models)], machines[(3 * i + i // 20) % len(machines)]) for i in range(3 * len(models) // 2)
+    ]
     return [
-        pytest.param(model, machine, WORKLOADS[i % len(WORKLOADS)], id=f"{model}-{machine}-{WORKLOADS[i % len(WORKLOADS)]}")
+        pytest.param(
+            model, machine, WORKLOADS[i % len(WORKLOADS)], id=f"{model}-{machine}-{WORKLOADS[i % len(WORKLOADS)]}"
+        )
         for i, (model, machine) in enumerate(pairs)
     ]
 
@@ -89,7 +99,9 @@ def test_most_cases_can_be_planned() -> None:
     for case in cases():
         model, machine, _ = case.values
         try:
-            plan(MoEModel.from_catalog(model), Hardware.from_catalog(machine), Workload.parse("20,20"), max_batch_size=4)
+            plan(
+                MoEModel.from_catalog(model), Hardware.from_catalog(machine), Workload.parse("20,20"), max_batch_size=4
+            )
             fits += 1
         except PolicyInfeasible:
             continue
@@ -102,7 +114,7 @@ def test_a_plan_of_known_and_padded_prompts(text: str, efficiency: str) -> None:
     """Prompts of known lengths, and padded ones, are planned on every rate set within memory and bound."""
     for padded in (False, True):
         workload = Workload.parse(text).with_options(padded=padded)
-        found = plan(MIXTRAL, L4, workload, efficiency=efficiency)
+        found = plan(MIXTRAL, L4, workload, efficiency=efficiency, resolution="coarse")
         check_fits(found.memory, L4)
         assert found.rate_set == efficiency
         assert speed(found) <= found.bound_tok_s * (1 + 1e-9)
@@ -122,11 +134,8 @@ def test_throughput_never_passes_the_bound(workload: Workload, name: str, most: 
     assert speed(found) <= machine_bound(MIXTRAL, machine, workload, efficiency="spec").tok_s * (1 + 1e-9)
 
 
-OTHERS = ["mixtral-8x7b", "deepseek-v2-lite", "gpt-oss-20b", "nllb-moe-54b", "opt-6.7b", "qwen3-30b-a3b", "fairseq-moe-52b"]
-
-
 @given(
-    st.sampled_from(OTHERS),
+    st.sampled_from(sorted(OTHERS)),
     st.integers(1, 500),
     st.integers(1, 100),
     st.integers(1, 200),
@@ -137,15 +146,16 @@ OTHERS = ["mixtral-8x7b", "deepseek-v2-lite", "gpt-oss-20b", "nllb-moe-54b", "op
     st.dictionaries(st.sampled_from(FACTORS[2:]), st.floats(0.01, 100)),
     st.sampled_from(["gcp-l4-1x", "gcp-t4-4x"]),
 )
-@settings(deadline=None, max_examples=80)
+@settings(deadline=None, max_examples=60)
 def test_any_policy_on_any_machine_stays_under_its_bound(
     name, prompt, gen_len, mu, g, r_w, r_c, place, factors, machine_name
 ) -> None:
     """The bound holds for policies nobody would choose, on any model and on machines out of balance."""
     machine = Hardware.from_catalog(machine_name)
     machine = machine.with_capacity(gpu_bytes=2**60, cpu_bytes=2**60).scaled(**factors)
-    policy = Policy(batch_size=mu * g, micro_batch_size=mu, weights_on_gpu=r_w, kv_on_gpu=r_c, **place)
-    found = evaluate(MoEModel.from_catalog(name), machine, Workload.uniform(prompt, gen_len), policy, efficiency="spec")
+    shares = {"weights_on_gpu": r_w, "kv_on_gpu": r_c if place["attention_on_gpu"] else 0.0}
+    policy = Policy(batch_size=mu * g, micro_batch_size=mu, **shares, **place)
+    found = evaluate(OTHERS[name], machine, Workload.uniform(prompt, gen_len), policy, efficiency="spec")
     assert speed(found) <= found.bound_tok_s * (1 + 1e-9)
 
 
@@ -157,8 +167,10 @@ def test_any_policy_on_any_machine_stays_under_its_bound(
     factors,
     st.booleans(),
 )
-@settings(deadline=None, max_examples=20)
-def test_more_of_any_resource_never_lowers_the_best_plan(workload, model_name, name, resource, factor, everywhere) -> None:
+@settings(deadline=None, max_examples=14)
+def test_more_of_any_resource_never_lowers_the_best_plan(
+    workload, model_name, name, resource, factor, everywhere
+) -> None:
     """More memory, link or memory bandwidth, or FLOP/s never lowers the best plan of the whole grid."""
     model, machine = MoEModel.from_catalog(model_name), Hardware.from_catalog(name)
     assume(workload.prompt_max + workload.gen_len <= model.max_positions)
@@ -169,11 +181,11 @@ def test_more_of_any_resource_never_lowers_the_best_plan(workload, model_name, n
     assert speed(more) >= speed(base) * (1 - 1e-3)
 
 
-@given(workloads, st.sampled_from(OTHERS), st.sampled_from(["a100-80g-1x", "gcp-t4-4x", "gh200-1x"]))
-@settings(deadline=None, max_examples=10)
+@given(workloads, st.sampled_from(sorted(OTHERS)), st.sampled_from(["a100-80g-1x", "gcp-t4-4x", "gh200-1x"]))
+@settings(deadline=None, max_examples=6)
 def test_more_places_never_lower_the_best_plan(workload: Workload, model_name: str, name: str) -> None:
     """The search over all places finds the best of the four searches in one place."""
-    model, machine = MoEModel.from_catalog(model_name), Hardware.from_catalog(name)
+    model, machine = OTHERS[model_name], Hardware.from_catalog(name)
     assume(workload.prompt_max + workload.gen_len <= model.max_positions)
     each = []
     for place in PLACES:
@@ -210,7 +222,7 @@ def test_a_coarse_search_loses_little(model_name: str, name: str, text: str) -> 
 
 
 @given(workloads, st.integers(1, 100), st.integers(0, 400))
-@settings(deadline=None, max_examples=15)
+@settings(deadline=None, max_examples=10)
 def test_more_requests_never_lower_the_best_plan(workload: Workload, most: int, extra: int) -> None:
     """A larger limit on the batch never lowers the best plan's throughput."""
     base = plan(MIXTRAL, L4, workload, efficiency="paper", max_batch_size=most)
@@ -268,8 +280,10 @@ def test_a_machine_twice_as_fast_is_twice_as_fast(model_name: str, place: dict[s
     """At data-sheet rates, doubling all of them halves every time and leaves the best policy as it is."""
     model, machine = MoEModel.from_catalog(model_name), Hardware.from_catalog("a100-80g-1x").scaled(gpu_memory=2)
     twice = machine.scaled(gpu_speed=2, gpu_bandwidth=2, cpu_speed=2, cpu_bandwidth=2, link=2)
-    slow, fast = (plan(model, x, Workload.parse("77,32"), efficiency="spec", resolution="coarse", **place)
-                  for x in (machine, twice))
+    slow, fast = (
+        plan(model, x, Workload.parse("77,32"), efficiency="spec", resolution="coarse", **place)
+        for x in (machine, twice)
+    )
     assert speed(fast) == pytest.approx(2 * speed(slow), rel=1e-6)
     assert fast.estimate.bottleneck == slow.estimate.bottleneck
 
@@ -288,7 +302,7 @@ def test_a_larger_batch_amortises_the_link() -> None:
 
 def test_a_larger_micro_batch_reads_weights_less_often() -> None:
     """Where the GPU reads weights, twice μ at the same N halves its time, until it computes."""
-    machine = L4.with_capacity(gpu_bytes=200 * 10**9)
+    machine = L4.with_capacity(gpu_bytes=200 * 10**9).scaled(gpu_speed=0.1)
     workload = Workload.parse("77,32")
 
     def gpu(mu: int) -> float:
@@ -304,7 +318,7 @@ def test_a_larger_micro_batch_reads_weights_less_often() -> None:
 def test_without_a_link_the_plain_roofline_is_left(mu, g, prompt, r_w, attention_on_gpu) -> None:
     """With link, staging and shared memory bandwidth without end, a layer takes its GPU or its CPU roof alone."""
     spec = L4.spec_rates()
-    free = {key: 1e24 for key in ("h2d_bandwidth", "d2h_bandwidth", "staging_bandwidth", "dram_bandwidth")}
+    free = dict.fromkeys(("h2d_bandwidth", "d2h_bandwidth", "staging_bandwidth", "dram_bandwidth"), 1e24)
     rates = replace(spec, provenance="measured", **free)
     machine = replace(L4.with_capacity(gpu_bytes=2**50, cpu_bytes=2**50), rate_sets={"measured": rates})
     workload = Workload.uniform(prompt, 3)
@@ -334,10 +348,12 @@ def test_the_link_is_what_the_streamed_share_costs() -> None:
 # -- several GPUs --------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("names", [("gcp-t4-1x", "gcp-t4-2x"), ("gcp-t4-2x", "gcp-t4-4x"), ("a100-80g-1x", "a100-80g-2x")])
+@pytest.mark.parametrize("names", [("gcp-t4-1x", "gcp-t4-2x"), ("gcp-t4-2x", "gcp-t4-4x")])
 def test_more_gpus_beat_fewer(names: tuple[str, str]) -> None:
     """A machine with more GPUs of a kind, a wider link and more host memory plans faster, using them all."""
-    few, many = (plan(MIXTRAL, Hardware.from_catalog(name), Workload.parse("mtbench"), efficiency="spec") for name in names)
+    few, many = (
+        plan(MIXTRAL, Hardware.from_catalog(name), Workload.parse("mtbench"), efficiency="spec") for name in names
+    )
     assert speed(many) > speed(few)
     count = many.hardware.num_gpus
     assert count > few.hardware.num_gpus
@@ -399,7 +415,7 @@ def test_a_machine_that_holds_everything_streams_nothing() -> None:
     big = L4.with_capacity(gpu_bytes=200 * 10**9)
     found = plan(MIXTRAL, big, Workload.parse("77,32"), **OFFLOADED)
     assert found.policy.weights_on_gpu == 1.0
-    assert found.estimate.terms["staging copy" if "staging copy" in found.estimate.terms else "link (CPU to GPU)"] < 1e-2
+    assert "staging copy" not in found.estimate.terms
     both = plan(MIXTRAL, big, Workload.parse("77,32"), attention_on_gpu=True, ffn_on_gpu=True).policy
     assert both.weights_on_gpu == 1.0
     alone = plan(MIXTRAL, big, Workload.parse("77,32"), attention_on_gpu=True, ffn_on_gpu=True, max_batch_size=64)
@@ -418,15 +434,17 @@ def test_models_of_few_layers_are_planned(layers: int, gpu_gb: int) -> None:
     check_fits(found.memory, machine)
     assert speed(found) <= found.bound_tok_s * (1 + 1e-9)
     if gpu_gb == 24:  # room for a small batch and every expert
-        few = plan(shallow, machine, Workload.parse("77,32"), efficiency="paper", max_batch_size=64)
+        few = plan(shallow, machine, Workload.parse("77,32"), efficiency="paper", max_batch_size=64, **OFFLOADED)
         assert few.policy.weights_on_gpu == 1.0
 
 
 @pytest.mark.filterwarnings("error::RuntimeWarning")
 def test_planning_two_layers_warns_of_nothing() -> None:
     """A model of two layers, whose GPU memory does not depend on r_w, is planned without a numpy warning."""
-    found = plan(MIXTRAL.with_layers(2), L4, Workload.parse("77,32"))
+    found = plan(MIXTRAL.with_layers(2), L4, Workload.parse("77,32"), **OFFLOADED)
     assert found.policy.weights_on_gpu == 1
+    for place in PLACES:
+        check_fits(plan(MIXTRAL.with_layers(2), L4, Workload.parse("77,32"), **place).memory, L4)
 
 
 def test_planning_is_deterministic() -> None:

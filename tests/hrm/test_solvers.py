@@ -52,7 +52,9 @@ def random_paper_instance(seed: int) -> list[Problem]:
     draw = np.random.default_rng(seed)
     name = str(draw.choice(["gcp-l4-1x", "gcp-t4-1x"]))
     machine = MACHINES[name].scaled(
-        gpu_memory=float(draw.uniform(0.8, 4)), link=float(draw.uniform(0.3, 4)), cpu_bandwidth=float(draw.uniform(0.5, 3))
+        gpu_memory=float(draw.uniform(0.8, 4)),
+        link=float(draw.uniform(0.3, 4)),
+        cpu_bandwidth=float(draw.uniform(0.5, 3)),
     )
     workload = Workload.uniform(int(draw.integers(10, 1000)), int(draw.integers(2, 200)))
     grids = {"micro_batch": SMALL, "micro_batches": COUNTS}

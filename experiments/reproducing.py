@@ -1,0 +1,70 @@
+"""The command that sets the papers' figures and tables beside ours."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from experiments.options import json_option
+from experiments.output import emit, progress_bar, table
+from hrm.errors import NotBuiltYet, UnknownName
+
+__all__ = ["reproduce_command"]
+
+_LATER = ("fig7", "fig8", "fig9", "tab4", "tab5")
+"""Names of the contract that need schedules or data that this version does not have."""
+
+
+@click.command("reproduce")
+@click.argument("names", nargs=-1)
+@click.option(
+    "--out",
+    type=click.Path(file_okay=False, path_type=Path),
+    default=Path("out/reproduce"),
+    show_default=True,
+    metavar="DIR",
+)
+@json_option
+def reproduce_command(names: tuple[str, ...], out: Path, as_json: bool) -> None:
+    """Set the papers' figures and tables beside ours: numbers, errors, pictures. No NAMES or 'all': every one."""
+    from experiments.reproduce import FIGURES
+
+    for name in names:
+        if name in _LATER:
+            raise NotBuiltYet(f"{name!r} is not built yet; this version has {', '.join(FIGURES)}.")
+        if name != "all" and name not in FIGURES:
+            raise UnknownName.of("figure", name, [*FIGURES, "all"])
+    chosen = list(FIGURES) if not names or "all" in names else list(dict.fromkeys(names))
+    rows, files, texts = [], [], []
+    for name in chosen:
+        with progress_bar(None, name, "step") as bar:
+
+            def advance(done: int, total: int, bar=bar) -> None:  # type: ignore[no-untyped-def]
+                bar.total = total
+                bar.update(done - bar.n)
+
+            result = FIGURES[name](progress=advance)
+        written = result.save(out)
+        rows += [{"figure": name} | row for row in result.rows]
+        files += [str(path) for path in written]
+        lines = [f"{name}: {result.title}"]
+        if result.rows:
+            cells = [
+                [row["setting"], row["system"], f"{row['published']:.5g}", f"{row['predicted']:.5g}",
+                 f"{row['error']:+.1%}", row["split"]]
+                for row in result.rows
+            ]  # fmt: skip
+            lines.append(table(["setting", "system", "published", "ours", "error", "split"], cells))
+        if result.note:
+            lines.append(result.note)
+        lines.append("wrote " + ", ".join(str(path) for path in written))
+        texts.append("\n".join(lines))
+    errors = [abs(row["error"]) for row in rows if row["split"] in ("calibration", "formula", "prediction")]
+    summary = {
+        "figures": chosen,
+        "mean_abs_error": sum(errors) / len(errors) if errors else None,
+        "worst_abs_error": max(errors, default=None),
+        "files": files,
+    }
+    emit({"rows": rows, "summary": summary}, lambda: "\n\n".join(texts), as_json=as_json)
