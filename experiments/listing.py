@@ -7,6 +7,7 @@ import click
 from experiments.options import json_option
 from experiments.output import emit, table
 from hrm.catalog import load_hardware, load_model, load_workload, names
+from hrm.memory import kv_cache_bytes
 from hrm.units import format_bandwidth, format_bytes, format_flops
 
 __all__ = ["hardware_command", "models_command", "workloads_command"]
@@ -20,23 +21,42 @@ def models_command(as_json: bool) -> None:
     keys = (
         "name", "architecture", "num_layers", "hidden_size", "intermediate_size", "num_heads", "num_kv_heads",
         "head_dim", "vocab_size", "num_experts", "top_k", "max_positions", "dtype", "num_parameters",
+        "active_parameters", "weight_bytes",
     )  # fmt: skip
     rows = [
         [
             m.name,
             f"{m.num_parameters / 1e9:.3g}B",
-            m.num_layers,
-            f"{m.num_experts} top-{m.top_k}",
+            f"{m.active_parameters / 1e9:.3g}B",
+            f"{len(m.encoder_order)}+{m.num_layers}" if m.encoder_order else m.num_layers,
+            f"{m.num_experts} top-{m.top_k}" if m.num_experts > 1 else "dense",
             m.hidden_size,
             m.intermediate_size,
             m.dtype,
-            format_bytes(m.num_parameters * m.dtype_bytes),
+            format_bytes(m.weight_bytes),
+            format_bytes(kv_cache_bytes(m, 1, 1, 0)),
         ]
         for m in models
     ]
-    headers = ["model", "parameters", "layers", "experts", "hidden", "intermediate", "type", "size"]
+    headers = [
+        "model",
+        "parameters",
+        "active",
+        "layers",
+        "experts",
+        "hidden",
+        "intermediate",
+        "type",
+        "size",
+        "KV per token",
+    ]
     emit(
-        {"models": [{key: getattr(m, key) for key in keys} for m in models]},
+        {
+            "models": [
+                {key: getattr(m, key) for key in keys} | {"kv_bytes_per_token": kv_cache_bytes(m, 1, 1, 0)}
+                for m in models
+            ]
+        },
         lambda: table(headers, rows),
         as_json=as_json,
     )
@@ -50,7 +70,7 @@ def hardware_command(as_json: bool) -> None:
     rows = [
         [
             m.name,
-            m.gpu.processor,
+            f"{m.num_gpus} x {m.gpu.processor}" if m.num_gpus > 1 else m.gpu.processor,
             format_bytes(float(m.gpu.capacity)),
             format_bandwidth(float(m.gpu.bandwidth)),
             format_flops(float(m.gpu.peak_flops)),
