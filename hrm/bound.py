@@ -106,7 +106,8 @@ def physical_bound(
         flops = visits * n * 2 * ffn.top_k * ffn.expert_matrix_parameters
         experts += on_gpu * flops
         cpu_experts += (1 - on_gpu) * flops
-        gpu_weights += visits * (on_gpu * active + layer.dense_parameters * model.dense_element_bytes)
+        once = sum(p.weights for p in cross.kv_projections) if cross is not None else 0  # the encoder's keys and values
+        gpu_weights += visits * (on_gpu * active + (layer.dense_parameters - once) * model.dense_element_bytes)
         cpu_weights += visits * (1 - on_gpu) * active
         if policy.ffn_on_gpu:
             link_up += visits * (1 - r_w) * active

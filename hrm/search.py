@@ -112,7 +112,8 @@ def plan(
         Requests that wait. The policy is then the one that answers all of them soonest, the last, partial
         batch included; N is at most this. By default requests never end.
     resolution : {"fine", "coarse"}
-        The whole grid; or a twelfth of it, and then every size near the best (for sweeps over many machines).
+        The whole grid; or a twelfth of it, and then every size near the best: in tests at most 3.3 % below the
+        fine optimum, mostly under 1 % (for sweeps over many machines).
 
     Returns
     -------

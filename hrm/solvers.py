@@ -378,7 +378,7 @@ def _solve_chunk(candidates: list[_Candidate]) -> Solution | None:
         raise HrmError("the MILP solver needs pulp: pip install pulp.") from None
 
     model = pulp.LpProblem("policy", pulp.LpMinimize)
-    scale = 1.0 / min(candidate.bound for candidate in candidates)
+    scale = 1.0 / max(1e-30, min(candidate.bound for candidate in candidates))
     objective, chosen, shares = [], [], []
     for number, candidate in enumerate(candidates):
         problem = candidate.problem

@@ -112,7 +112,7 @@ class TaskTimes:
 
     def cross_attention(self, tokens: Any, layer: Layer) -> Any:
         """The GPU's part of attention over the encoder's output."""
-        return self._gpu(cross_attention_queries(self.model, tokens, layer))
+        return self._gpu(cross_attention_queries(self.model, tokens, layer)) + self.all_reduce(tokens) / 2
 
     def cross_keys(self, tokens: Any, layer: Layer) -> Any:
         """Keys and values of `tokens` encoder outputs."""

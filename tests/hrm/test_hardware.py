@@ -260,7 +260,7 @@ def v100() -> Hardware:
 def test_several_gpus(v100: Hardware) -> None:
     """Levels and rates are those of one GPU, links those of the node, and one GPU's exchange is a rate of its own."""
     assert v100.num_gpus == 8
-    assert float(v100.gpu.capacity) <= 32e9
+    assert float(v100.gpu.capacity) <= 32 * 2**30
     assert v100.peer is not None
     assert v100.spec_rates().peer_bandwidth == float(v100.peer.bandwidth)
     assert "  gpu: 8 x " in str(v100)

@@ -83,7 +83,7 @@ def check_agreement(problems: Sequence[Problem]) -> bool:
     return True
 
 
-@pytest.mark.parametrize("seed", range(32))
+@pytest.mark.parametrize("seed", range(26))
 def test_the_solvers_agree_on_runs(seed: int) -> None:
     """Grid and mixed-integer programming agree on a random model, machine and workload, over all placements."""
     check_agreement(random_instance(seed))
@@ -97,9 +97,9 @@ def test_the_solvers_agree_on_the_authors_problem(seed: int) -> None:
 
 def test_most_random_instances_can_be_solved() -> None:
     """The instances above are worth comparing: most have an answer, of several placements."""
-    solved = [solve_grid(random_instance(seed)) for seed in range(32)]
+    solved = [solve_grid(random_instance(seed)) for seed in range(26)]
     found = [x.problem.place for x in solved if x is not None]
-    assert len(found) >= 22
+    assert len(found) >= 18
     assert len(set(found)) >= 4
     assert sum(solve_grid(random_paper_instance(seed)) is not None for seed in range(8)) >= 6
 
@@ -141,7 +141,7 @@ def best_over_kinds(problems: Sequence[Problem]) -> np.ndarray:
     return np.minimum.reduce([solved_grid(problem).seconds_per_token for problem in problems])
 
 
-@pytest.mark.parametrize("seed", range(100, 107))
+@pytest.mark.parametrize("seed", range(100, 105))
 @pytest.mark.parametrize("attention", [False, True])
 @pytest.mark.parametrize("ffn", [False, True])
 def test_closed_form_shares_beat_every_scanned_point(seed: int, attention: bool, ffn: bool) -> None:
