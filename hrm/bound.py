@@ -49,8 +49,7 @@ class Bound:
 
     def __str__(self) -> str:
         attention = "GPU" if self.policy.attention_on_gpu else "CPU"
-        experts = "GPU" if self.policy.ffn_on_gpu else "CPU"
-        return f"{self.tok_s:.4g} tok/s ({self.resource}; attention on the {attention}, experts on the {experts})"
+        return f"{self.tok_s:.4g} tok/s ({self.resource}; attention on the {attention}, experts on the {self.policy.experts_on})"
 
 
 def physical_bound(

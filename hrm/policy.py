@@ -27,7 +27,7 @@ class Policy:
     attention_on_gpu: bool = False
     """A_g: where decode attention runs."""
     ffn_on_gpu: bool = True
-    """F_g: where the experts run."""
+    """F_g: all experts run on the GPU, streamed there if need be; otherwise each runs where it lies."""
     weights_on_gpu: float = 0.0
     """r_w: fraction of each layer's expert weights that stays on the GPU."""
     kv_on_gpu: float = 0.0
@@ -54,9 +54,16 @@ class Policy:
         """The policy as plain values, with the number of micro-batches."""
         return asdict(self) | {"num_micro_batches": self.num_micro_batches}
 
+    @property
+    def experts_on(self) -> str:
+        """Where experts are computed: the GPU, the CPU, or both (each where it lies, the resident ones on the GPU)."""
+        if self.ffn_on_gpu:
+            return "GPU"
+        return "CPU" if self.weights_on_gpu == 0 else "GPU+CPU"
+
     def __str__(self) -> str:
         return (
             f"N={self.batch_size} mu={self.micro_batch_size} G={self.num_micro_batches} "
             f"r_w={self.weights_on_gpu:.3f} r_c={self.kv_on_gpu:.2f} "
-            f"attention={'GPU' if self.attention_on_gpu else 'CPU'} ffn={'GPU' if self.ffn_on_gpu else 'CPU'}"
+            f"attention={'GPU' if self.attention_on_gpu else 'CPU'} experts={self.experts_on}"
         )

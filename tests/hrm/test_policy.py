@@ -56,4 +56,4 @@ def test_plain_form() -> None:
         "kv_on_gpu": 0.0,
         "num_micro_batches": 3,
     }
-    assert str(policy) == "N=10 mu=4 G=3 r_w=0.250 r_c=0.00 attention=CPU ffn=GPU"
+    assert str(policy) == "N=10 mu=4 G=3 r_w=0.250 r_c=0.00 attention=CPU experts=GPU"
