@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -15,14 +16,17 @@ from hrm.catalog import load_hardware, load_model
 from hrm.errors import HrmError, InvalidValue
 from hrm.hardware import Quantity
 from hrm.model import DTYPE_BYTES
-from hrm.units import parse_bandwidth, parse_bytes
+from hrm.sweep import MAX_JOBS
+from hrm.units import MAX_SIZE, brief, parse_bandwidth, parse_bytes
 from simulator.schedules import RUNNABLE, check_buildable
 
 __all__ = [
+    "COUNT",
     "FIGURES",
     "PACED_LINK",
     "Bandwidth",
     "Capacity",
+    "Jobs",
     "NumberPair",
     "OutFile",
     "executor_needed",
@@ -43,6 +47,10 @@ PACED_LINK = "2GB/s"
 """Default of --link-bandwidth where a run is made; the executor's own default."""
 _NO_BANDWIDTH = "none"
 _EXECUTOR_PACKAGES = ("torch", "transformers", "safetensors")
+
+
+COUNT = click.IntRange(min=1, max=MAX_SIZE)
+"""Tokens or sequences."""
 
 
 class Capacity(click.ParamType):
@@ -83,9 +91,27 @@ class NumberPair(click.ParamType):
         if isinstance(value, tuple):
             return value
         parts = [part.strip() for part in str(value).split(",")]
-        if len(parts) != 2 or not all(part.isdecimal() and int(part) >= 1 for part in parts):
-            self.fail(f"{value!r} is not two whole numbers >= 1; write them like '16,128'.", param, ctx)
+        if len(parts) != 2 or not all(part.isdecimal() for part in parts):
+            self.fail(f"{brief(value)} is not two whole numbers >= 1; write them like '16,128'.", param, ctx)
+        digits = len(str(MAX_SIZE))
+        if not all(len(part.lstrip("0")) <= digits and 1 <= int(part) <= MAX_SIZE for part in parts):
+            self.fail(f"{brief(value)} is not two whole numbers from 1 to {MAX_SIZE}.", param, ctx)
         return int(parts[0]), int(parts[1])
+
+
+class Jobs(click.ParamType):
+    """A number of processes, or -1 for one per core."""
+
+    name = "jobs"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
+        """Parse, or fail in one line."""
+        text = str(value).strip()
+        if text == "-1":
+            return -1
+        if not (text.isdecimal() and len(text) < 9 and 1 <= int(text) <= MAX_JOBS):
+            self.fail(f"{brief(value)} must be -1 (one per core) or 1 to {MAX_JOBS}.", param, ctx)
+        return int(text)
 
 
 class OutFile(click.ParamType):
@@ -111,6 +137,11 @@ class OutFile(click.ParamType):
             self.fail(f"{str(path)!r} is a folder; name a file.", param, ctx)
         if not path.parent.is_dir():
             self.fail(f"the folder {str(path.parent)!r} does not exist; make it first.", param, ctx)
+        if path.exists():
+            if not os.access(path, os.W_OK):
+                self.fail(f"{str(path)!r} cannot be written; name another file.", param, ctx)
+        elif not os.access(path.parent, os.W_OK | os.X_OK):
+            self.fail(f"the folder {str(path.parent)!r} is not writable; name a file elsewhere.", param, ctx)
         return path
 
 
@@ -159,7 +190,7 @@ search_options = _stack(
     click.option("--link-bandwidth", type=Bandwidth(), default=_NO_BANDWIDTH, help="Pace the link, e.g. 2GB/s."),
     click.option("--dtype", type=click.Choice(list(DTYPE_BYTES)), help="Type of the weights (default: the config's)."),
     click.option("--kv-dtype", type=click.Choice(list(DTYPE_BYTES)), help="Type of the KV cache."),
-    click.option("--max-batch-size", type=click.IntRange(min=1), metavar="N", help="Largest N to search."),
+    click.option("--max-batch-size", type=COUNT, metavar="N", help="Largest N to search."),
 )
 
 plan_options = _stack(search_options, policy_options)
@@ -278,8 +309,6 @@ def make_plan(
     )
     if chosen is not None:
         return evaluate(the_model, machine, requests, chosen, efficiency=efficiency, objective=objective)
-    if objective == "paper":
-        places = {}
     return plan(
         the_model,
         machine,

@@ -7,10 +7,11 @@ from typing import Any
 
 import click
 
-from experiments.options import FIGURES, OutFile, json_option, make_plan, plan_options
+from experiments.options import COUNT, FIGURES, Jobs, OutFile, json_option, make_plan, plan_options
 from experiments.output import emit, percentages, progress_bar, save_figure, table
 from hrm import BatchShape, Plan, Workload, micro_batches
 from hrm.catalog import load_hardware, load_model, names
+from hrm.errors import DoesNotFit
 from hrm.model import DTYPE_BYTES
 from hrm.units import format_flops, format_seconds
 
@@ -33,9 +34,9 @@ class _ManyBatches(click.Command):
 @click.command("roofline", cls=_ManyBatches)
 @click.option("--model", required=True, metavar="M", help="Catalog name, config.json or checkpoint folder.")
 @click.option("--hardware", required=True, metavar="H", help="Catalog name or hardware file.")
-@click.option("--batch", multiple=True, type=click.IntRange(min=1), metavar="N", help="Batch sizes; one or more.")
-@click.option("--micro-batch", type=click.IntRange(min=1), metavar="MU", help="Sequences per kernel (default: N).")
-@click.option("--context", type=click.IntRange(min=1), default=512, show_default=True, help="Tokens per sequence.")
+@click.option("--batch", multiple=True, type=COUNT, metavar="N", help="Batch sizes; one or more.")
+@click.option("--micro-batch", type=COUNT, metavar="MU", help="Sequences per kernel (default: N).")
+@click.option("--context", type=COUNT, default=512, show_default=True, help="Tokens per sequence.")
 @click.option("--kv-dtype", type=click.Choice(list(DTYPE_BYTES)), help="Type of the KV cache (default: model's).")
 @click.option("--attention-flops", type=click.Choice(["paper", "exact"]), default="exact", show_default=True)
 @click.option("--out", type=OutFile(FIGURES), help="Write the figure here.")
@@ -111,13 +112,11 @@ def plan_command(no_advice: bool, as_json: bool, **options: Any) -> None:
 @click.option("--model", "models", multiple=True, required=True, metavar="M", help="Name or path; repeat, or 'all'.")
 @click.option("--hardware", multiple=True, required=True, metavar="H", help="Name or path; repeat, or 'all'.")
 @click.option("--workload", "workloads", multiple=True, required=True, metavar="W", help="Repeat for several.")
-@click.option(
-    "--gen-len", "gen_lens", multiple=True, type=click.IntRange(min=1), metavar="G", help="Repeat for several."
-)
+@click.option("--gen-len", "gen_lens", multiple=True, type=COUNT, metavar="G", help="Repeat for several.")
 @click.option("--padded", is_flag=True, help="Pad every prompt to the workload's longest.")
 @click.option("--objective", type=click.Choice(["throughput", "paper"]), default="throughput")
 @click.option("--efficiency", metavar="SET", help="Rates to use on every machine (default: the best each has).")
-@click.option("--jobs", type=int, default=-1, show_default=True, help="Processes; -1: one per core.")
+@click.option("--jobs", type=Jobs(), default=-1, show_default=True, help="Processes; -1: one per core.")
 @click.option("--out", type=OutFile((".jsonl",)), help="Keep rows here; an interrupted sweep goes on from it.")
 @json_option
 def sweep_command(
@@ -131,7 +130,10 @@ def sweep_command(
     as_json: bool,
     **options: Any,
 ) -> None:
-    """Plan every combination of models, machines and workloads, as one table."""
+    """Plan every combination of models, machines and workloads, as one table.
+
+    Where nothing fits, a row has the reason. Exits with 3 if that is every row.
+    """
     from hrm.sweep import plan_grid
 
     loads = [Workload.parse(text).with_options(padded=True if padded else None) for text in workloads]
@@ -150,14 +152,21 @@ def sweep_command(
                 row["model"], row["hardware"], row["workload"],
                 *([f"{row['throughput_tok_s']:.4g}", f"{row['bound_tok_s']:.4g}", row["bottleneck"],
                    int(row["batch_size"]), int(row["micro_batch_size"]), f"{row['weights_on_gpu']:.3f}"]
-                  if row["error"] is None else ["-", "-", str(row["error"])[:60], "", "", ""]),
+                  if row["error"] is None else ["-"] * 6),
             ]
             for row in rows
         ]  # fmt: skip
-        headers = ["model", "machine", "workload", "tok/s", "bound", "bottleneck, or what is missing", "N", "mu", "r_w"]
-        return table(headers, shown)
+        headers = ["model", "machine", "workload", "tok/s", "bound", "bottleneck", "N", "mu", "r_w"]
+        reasons = [
+            f"{row['model']} on {row['hardware']}, {row['workload']}: {row['error']}"
+            for row in rows
+            if row["error"] is not None
+        ]
+        return "\n".join([table(headers, shown), *reasons])
 
     emit({"rows": rows}, text, as_json=as_json)
+    if all(row["error"] is not None for row in rows):
+        click.get_current_context().exit(DoesNotFit.exit_code)
 
 
 def _batch_of(plan: Plan) -> BatchShape:

@@ -13,7 +13,7 @@ from hrm.latency import contexts, decode_steps
 from hrm.layers import Attention
 from hrm.memory import kv_cache_bytes, usable_bytes
 from hrm.model import MoEModel
-from hrm.operators import active_experts, causal_pairs
+from hrm.operators import active_experts, causal_pairs, seen_tokens
 from hrm.policy import Policy
 from hrm.problem import placements, prompt_tokens
 from hrm.workload import Workload
@@ -49,7 +49,8 @@ class Bound:
 
     def __str__(self) -> str:
         attention = "GPU" if self.policy.attention_on_gpu else "CPU"
-        return f"{self.tok_s:.4g} tok/s ({self.resource}; attention on the {attention}, experts on the {self.policy.experts_on})"
+        places = f"attention on the {attention}, experts on the {self.policy.experts_on}"
+        return f"{self.tok_s:.4g} tok/s ({self.resource}; {places})"
 
 
 def physical_bound(
@@ -60,17 +61,21 @@ def physical_bound(
     prompt_len: float,
     gen_len: int,
     num_gpus: int = 1,
+    prefill: bool = True,
 ) -> Bound:
     """Tokens/s that no schedule with these sizes, shares and places can pass.
 
     Each resource must do its whole work, however well phases, steps and micro-batches overlap; the busiest
     one bounds. Experts that no token chooses need not travel, nothing is staged, every kernel runs at the
-    best rate of its curve, and weights of a batch are read once per step.
+    best rate of its curve, and weights of a batch are read once per step. The resident share of the experts is
+    an even one; a schedule that keeps popular experts is another policy.
 
     Parameters
     ----------
     prompt_len : float
         Mean prompt length, tokens.
+    prefill : bool
+        Count prefill; else decode alone.
 
     Returns
     -------
@@ -85,17 +90,20 @@ def physical_bound(
     link_up = link_down = gpu_weights = gpu_kv = cpu_kv = 0.0  # bytes
     dense = experts = attention = cpu_experts = cpu_attention = 0.0  # FLOPs
     cpu_weights = 0.0
-    for kind, count in Counter(model.encoder_order or model.order).items():
+    for kind, count in Counter(model.encoder_order or model.order).items() if prefill else ():
         layer = model.kinds[kind]
         ffn = layer.ffn
         dense += count * prompt * 2 * (ffn.shared_parameters + layer.attention.projection_parameters)
-        experts += count * prompt * 2 * ffn.top_k * ffn.expert_matrix_parameters
+        flops = count * prompt * 2 * ffn.top_k * ffn.expert_matrix_parameters
+        # A dense FFN is a plain product, with that kernel's rate.
+        experts, dense = (experts + flops, dense) if ffn.routed else (experts, dense + flops)
         pairs = prompt_len * prompt_len if encodes else float(causal_pairs(prompt_len, layer.attention.window))
         attention += count * n * pairs * layer.attention.prefill_pair_flops
         if policy.ffn_on_gpu:
             link_up += count * (1 - r_w) * _active_bytes(model, kind, prompt)
         if not encodes:
-            link_down += count * (1 - r_c) * prompt * model.kind_kv_token_bytes(kind)
+            kept = float(seen_tokens(layer.attention, prompt_len))
+            link_down += count * (1 - r_c) * n * kept * model.kind_kv_token_bytes(kind)
     for kind, count in model.layer_counts.items():
         layer = model.kinds[kind]
         ffn, own, cross = layer.ffn, layer.attention, layer.cross_attention
@@ -103,7 +111,7 @@ def physical_bound(
         on_gpu = 1.0 if policy.ffn_on_gpu else r_w
         visits = count * steps
         flops = visits * n * 2 * ffn.top_k * ffn.expert_matrix_parameters
-        experts += on_gpu * flops
+        experts, dense = (experts + on_gpu * flops, dense) if ffn.routed else (experts, dense + on_gpu * flops)
         cpu_experts += (1 - on_gpu) * flops
         once = sum(p.weights for p in cross.kv_projections) if cross is not None else 0  # the encoder's keys and values
         gpu_weights += visits * (on_gpu * active + (layer.dense_parameters - once) * model.dense_element_bytes)
@@ -114,26 +122,30 @@ def physical_bound(
         seen = _mean_seen(own, first, last)
         kv = n * seen * model.kind_kv_token_bytes(kind)
         pair_flops = n * seen * own.pair_flops
-        queries, attended = own.query_size + own.kv_elements, own.attended_size
+        queries = own.query_size * model.dtype_bytes + own.kv_elements * min(model.dtype_bytes, model.kv_dtype_bytes)
+        attended = own.attended_size
         if cross is not None:
             cross_bytes = cross.kv_elements * model.kv_dtype_bytes
             kv += prompt * cross_bytes
             pair_flops += prompt * cross.pair_flops
-            queries, attended = queries + cross.query_size, attended + cross.attended_size
+            queries, attended = queries + cross.query_size * model.dtype_bytes, attended + cross.attended_size
             per_step = sum(p.weights for p in (*cross.query_projections, *cross.output_projections))
-            dense += visits * n * 2 * per_step + count * prompt * 2 * sum(p.weights for p in cross.kv_projections)
-            link_down += count * (1 - r_c) * prompt * cross_bytes
+            dense += visits * n * 2 * per_step
+            if prefill:
+                dense += count * prompt * 2 * once
+                link_down += count * (1 - r_c) * prompt * cross_bytes
         if policy.attention_on_gpu:
             attention += visits * pair_flops
             gpu_kv += visits * kv
-            link_up += visits * (1 - r_c) * kv
+            # The newest token's keys and values were just made on the GPU.
+            link_up += visits * (1 - r_c) * max(0.0, kv - n * model.kind_kv_token_bytes(kind))
             link_down += visits * (1 - r_c) * n * model.kind_kv_token_bytes(kind)
         else:
             cpu_attention += visits * pair_flops
             cpu_kv += visits * kv
             link_up += visits * n * attended * model.dtype_bytes
-            link_down += visits * n * queries * model.dtype_bytes
-    head = 2 * n * gen_len * model.hidden_size * model.vocab_size
+            link_down += visits * n * queries
+    head = 2 * n * (gen_len if prefill else steps) * model.hidden_size * model.vocab_size
     gpu = ((dense + head) / rates.gpu_gemm.peak + experts / rates.gpu_experts.peak) / num_gpus
     gpu += attention / rates.gpu_attention.peak / num_gpus
     gpu_memory = gpu_weights / rates.gpu_bandwidth + gpu_kv / rates.gpu_decode_attention.peak

@@ -6,7 +6,7 @@ roofline model reads only these.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from hrm.errors import InvalidConfig
 
@@ -28,6 +28,8 @@ class Projection:
     width_out: int
     weights: int
     """Usually width_in·width_out; fewer for products that are per head."""
+    chained: bool = False
+    """True where the input is another projection's output instead of the layer's hidden states."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -105,10 +107,11 @@ class Attention:
         if self.kv_rank is None:
             return (_full("q_proj", h, heads * self.head_dim),)
         nope = self.head_dim - self.rope_dim
-        absorb = Projection("absorb_k", heads * nope, heads * self.kv_rank, heads * nope * self.kv_rank)
+        absorb = Projection("absorb_k", heads * nope, heads * self.kv_rank, heads * nope * self.kv_rank, chained=True)
         if self.q_rank is None:
             return (_full("q_proj", h, heads * self.head_dim), absorb)
-        return (_full("q_a_proj", h, self.q_rank), _full("q_b_proj", self.q_rank, heads * self.head_dim), absorb)
+        expand = replace(_full("q_b_proj", self.q_rank, heads * self.head_dim), chained=True)
+        return (_full("q_a_proj", h, self.q_rank), expand, absorb)
 
     @property
     def kv_projections(self) -> tuple[Projection, ...]:
@@ -130,7 +133,7 @@ class Attention:
         absorb = Projection(
             "absorb_v", heads * self.kv_rank, heads * self.value_dim, heads * self.kv_rank * self.value_dim
         )
-        return (absorb, out)
+        return (absorb, replace(out, chained=True))
 
     @property
     def projection_parameters(self) -> int:

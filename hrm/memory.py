@@ -14,6 +14,7 @@ from hrm.affine import KV_ON_GPU, KV_STREAMED, WEIGHTS_ON_GPU, WEIGHTS_STREAMED,
 from hrm.errors import DoesNotFit
 from hrm.hardware import Hardware
 from hrm.model import MoEModel
+from hrm.operators import kv_shards
 from hrm.pipeline import (
     ACTIVATION_SLOTS,
     PINNED_PAGES,
@@ -110,6 +111,7 @@ def footprint(
     widest = max(model.kind_expert_bytes(kind) for kind in (*model.order, *model.encoder_order))
     streamed = widest * WEIGHTS_STREAMED
     kv = kv_cache_bytes(model, batch_size, batch_tokens, gen_len)
+    kv_each = kv_cache_bytes(model, batch_size, batch_tokens, gen_len, num_gpus=t)
     gpu: dict[str, Any] = {
         "dense_weights": model.dense_bytes / t,
         "resident_experts": (model.streamed_bytes / t) * WEIGHTS_ON_GPU,
@@ -131,18 +133,23 @@ def footprint(
         + micro_batch_tokens * model.kv_token_bytes,
     }
     if attention_on_gpu:
-        gpu["kv_cache"] = (kv / t) * KV_ON_GPU
+        gpu["kv_cache"] = kv_each * KV_ON_GPU
         # The next micro-batch's KV of one layer arrives while the current one's is read.
-        per_layer = max(model.kind_kv_token_bytes(kind) for kind in set(model.order))
-        gpu["kv_buffers"] = (2 / t * (micro_batch_tokens + micro_batch_size * gen_len) * per_layer) * KV_STREAMED
+        per_layer = max(
+            model.kind_kv_token_bytes(kind) / kv_shards(model.kinds[kind].attention, t) for kind in set(model.order)
+        )
+        gpu["kv_buffers"] = (2 * (micro_batch_tokens + micro_batch_size * gen_len) * per_layer) * KV_STREAMED
     if not ffn_on_gpu:
         widths = model.hidden_size + 2 * model.top_k * (model.hidden_size + 2 * model.intermediate_size)
         cpu["expert_workspace"] = micro_batch_size * widths * b
     return Footprint(gpu=gpu, cpu=cpu)
 
 
-def kv_cache_bytes(model: MoEModel, batch_size: Any, batch_tokens: Any, gen_len: Any) -> Any:
-    """KV cache of a whole batch at the end of generation, all layers; windows keep no more than they see."""
+def kv_cache_bytes(model: MoEModel, batch_size: Any, batch_tokens: Any, gen_len: Any, *, num_gpus: int = 1) -> Any:
+    """KV cache of a whole batch at the end of generation, all layers; windows keep no more than they see.
+
+    With `num_gpus`, what each of them holds of it under tensor parallelism.
+    """
     total: Any = 0.0
     encodes = bool(model.encoder_order)
     for kind, count in model.layer_counts.items():
@@ -150,9 +157,11 @@ def kv_cache_bytes(model: MoEModel, batch_size: Any, batch_tokens: Any, gen_len:
         tokens = batch_size * gen_len + (0 if encodes else batch_tokens)
         if layer.attention.window is not None:
             tokens = np.minimum(tokens, batch_size * layer.attention.window)
-        total = total + count * tokens * model.kind_kv_token_bytes(kind)
+        parts = kv_shards(layer.attention, num_gpus)
+        total = total + count * tokens * model.kind_kv_token_bytes(kind) / parts
         if layer.cross_attention is not None:
-            total = total + count * batch_tokens * layer.cross_attention.kv_elements * model.kv_dtype_bytes
+            per_token = layer.cross_attention.kv_elements * model.kv_dtype_bytes
+            total = total + count * batch_tokens * per_token / kv_shards(layer.cross_attention, num_gpus)
     return total
 
 
@@ -175,7 +184,7 @@ def usable_bytes(hardware: Hardware) -> tuple[float, float]:
     if hardware.shared_memory:
         # Both heaps lie in the same RAM: the GPU's share is a budget, exact, and the host gets the rest.
         gpu = float(hardware.gpu.capacity)
-        return gpu, _SHARED_USABLE * float(hardware.cpu.capacity) - gpu
+        return gpu, max(0.0, _SHARED_USABLE * float(hardware.cpu.capacity) - gpu)
     return _GPU_USABLE * float(hardware.gpu.capacity), _CPU_USABLE * float(hardware.cpu.capacity)
 
 
@@ -188,7 +197,8 @@ def check_fits(need: Footprint, hardware: Hardware) -> None:
         usable_bytes(hardware),
         strict=True,
     ):
-        if total > room:
+        # Up to rounding: a policy that fills a memory fits it.
+        if total > room * (1 + 1e-9):
             largest = max(items, key=lambda key: float(np.max(items[key])))
             raise DoesNotFit(
                 f"the policy needs {format_bytes(total)} of {tier} memory and {hardware.name} has "

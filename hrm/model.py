@@ -93,7 +93,7 @@ class MoEModel:
             config = json.loads(file.read_text())
         except OSError as error:
             raise InvalidConfig(f"cannot read model config {str(file)!r}: {error.strerror}.") from None
-        except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        except (ValueError, RecursionError) as error:  # no JSON, no text, numbers of thousands of digits
             raise InvalidConfig(f"model config {str(file)!r} is not JSON: {error}.") from None
         if not isinstance(config, dict):
             raise InvalidConfig(f"model config {str(file)!r} must hold a JSON object.")

@@ -26,6 +26,7 @@ __all__ = [
     "distinct_experts",
     "encoder_layer",
     "expert_ffn",
+    "kv_shards",
     "post_attention",
     "pre_attention",
     "prefill_layer",
@@ -110,16 +111,28 @@ def causal_pairs(length: Number, window: int | None = None) -> Number:
     return whole - beyond * (beyond + 1) / 2
 
 
-def sharded(op: Operator, num_gpus: int) -> Operator:
-    """The part of an operator that each of `num_gpus` GPUs does under tensor parallelism."""
+def kv_shards(attention: Attention, num_gpus: int) -> int:
+    """Parts that tensor parallelism cuts a KV cache into: one per KV head at most, one alone for a latent."""
+    return 1 if attention.kv_rank is not None else min(num_gpus, attention.num_kv_heads)
+
+
+def sharded(op: Operator, num_gpus: int, attention: Attention | None = None) -> Operator:
+    """The part of an operator that each of `num_gpus` GPUs does under tensor parallelism.
+
+    Parameters
+    ----------
+    attention : Attention, optional
+        Whose KV cache the operator reads; heads that are fewer than GPUs are kept more than once.
+    """
     if num_gpus == 1 or op.replicated:
         return op
+    parts = num_gpus if attention is None else kv_shards(attention, num_gpus)
     return replace(
         op,
         flops=op.flops / num_gpus,
         weight_bytes=op.weight_bytes / num_gpus,
         activation_bytes=op.activation_bytes / num_gpus,
-        kv_bytes=op.kv_bytes / num_gpus,
+        kv_bytes=op.kv_bytes / parts,
     )
 
 
@@ -143,8 +156,8 @@ def _gemm(
     """Products with one common input (or one after the other) as one operator."""
     weights = sum(p.weights for p in projections)
     # Products that share their input read it once.
-    widths = {(p.width_in, p.name if "absorb" in p.name or "_b_" in p.name else "") for p in projections}
-    moved = sum(width for width, _ in widths) + sum(p.width_out for p in projections)
+    shared = {p.width_in for p in projections if not p.chained}
+    moved = sum(shared) + sum(p.width_out + p.chained * p.width_in for p in projections)
     return Operator(
         name=name,
         kind="gemm",

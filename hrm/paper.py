@@ -64,6 +64,17 @@ def paper_problem(
             f"the authors' problem knows models of equal layers with grouped-query attention and routed, gated "
             f"experts, not {model.name!r}; use --objective throughput."
         )
+    if attention.num_heads * attention.head_dim != model.hidden_size:
+        raise InvalidConfig(
+            f"the authors' problem takes heads of hidden_size/num_heads = {model.hidden_size / attention.num_heads:g}, "
+            f"and those of {model.name!r} have {attention.head_dim}; use --objective throughput."
+        )
+    widths = (model.dtype_bytes, model.kv_dtype_bytes, model.dense_element_bytes, model.expert_element_bytes)
+    if set(widths) != {_FP16}:
+        raise InvalidConfig(
+            f"the authors' problem counts two bytes for every weight and KV element, and {model.name!r} is kept "
+            f"otherwise; use --objective throughput."
+        )
     if hardware.num_gpus > 1:
         raise InvalidConfig(f"the authors' problem knows one GPU, not the {hardware.num_gpus} of {hardware.name!r}.")
     mu = np.arange(1.0, MAX_MICRO_BATCH + 1) if micro_batch is None else np.asarray(micro_batch, dtype=float)

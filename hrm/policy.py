@@ -6,6 +6,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from hrm.errors import InvalidValue
+from hrm.units import MAX_SIZE, brief
 
 __all__ = ["Policy"]
 
@@ -37,7 +38,9 @@ class Policy:
         for name in ("batch_size", "micro_batch_size"):
             value = getattr(self, name)
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-                raise InvalidValue(f"{name!r} must be an integer >= 1: {value!r}")
+                raise InvalidValue(f"{name!r} must be an integer >= 1: {brief(value)}")
+            if value > MAX_SIZE:
+                raise InvalidValue(f"{name!r} must be <= {MAX_SIZE}: {brief(value)}")
         if self.micro_batch_size > self.batch_size:
             raise InvalidValue(f"'micro_batch_size' must be <= batch_size={self.batch_size}: {self.micro_batch_size}")
         for name in ("weights_on_gpu", "kv_on_gpu"):

@@ -150,7 +150,8 @@ def _free_line(problem: Problem) -> _Line:
     for room in problem.rooms:
         intercept, rise = cut.project(room.need)
         # The edge itself satisfies the GPU's constraint up to rounding.
-        limits.append(((intercept - room.room) / room.room - 1e-12, rise / room.room))
+        scale = max(room.room, 1.0)
+        limits.append(((intercept - room.room) / scale - 1e-12, rise / scale))
     for intercept, rise in limits:
         low, high = _cut(low, high, intercept, rise)
     return _Line(cut.w, cut.c, low, high)
@@ -278,7 +279,7 @@ def _flat(problem: Problem, line: _Line, index: np.ndarray) -> tuple[Problem, _L
                     phase,
                     pairs=pairs,
                     floor=phase.floor and pick_affine(phase.floor),
-                    extra=phase.extra and pick_affine(phase.extra),
+                    extras={name: pick_affine(extra) for name, extra in phase.extras.items()},
                 ),
             )
         )
@@ -404,7 +405,8 @@ def _solve_chunk(candidates: list[_Candidate]) -> Solution | None:
             return pulp.LpAffineExpression([(v, number_of(x) * factor) for v, x in parts])
 
         for room in problem.rooms:
-            model += expression(room.need, 1.0 / room.room) <= z
+            size = max(room.room, 1.0)
+            model += expression(room.need, 1.0 / size) <= (room.room / size) * z
         per_token = scale / number_of(problem.tokens)
         for p, (weight, phase) in enumerate(problem.phases):
             factor = number_of(weight) * per_token

@@ -76,7 +76,8 @@ class TaskTimes:
     """Seconds of every task class on a machine, each alone.
 
     With `num_gpus` the GPUs work in lockstep (tensor parallelism, MoE-Lightning section 4.3): each has its
-    share of every matrix, and after the O projection and after the FFN they add up their results.
+    share of every matrix, and after the O projection and after the FFN they add up their results. Hidden states
+    travel over the link once, in parts that the GPUs exchange.
     """
 
     model: MoEModel
@@ -149,7 +150,9 @@ class TaskTimes:
     def gpu_attention(self, sequences: Any, cached_tokens: Any, layer: Layer | None = None, cross: bool = False) -> Any:
         """Decode attention of a micro-batch on the GPU, with its KV there."""
         op = attention_core(self.model, sequences, cached_tokens / sequences, layer=layer, cross=cross)
-        part = sharded(op, self.num_gpus)
+        chosen = layer or self.model.main_layer
+        attention = chosen.cross_attention if cross and chosen.cross_attention else chosen.attention
+        part = sharded(op, self.num_gpus, attention)
         memory = part.kv_bytes / self.rates.gpu_decode_attention.at(op.rows)
         compute = part.flops / self.rates.gpu_attention.peak
         return op.launches * self.rates.gpu_launch_s + np.maximum(memory, compute)

@@ -7,7 +7,7 @@ While layer a computes, the weights of the layer after it travel: a term belongs
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -15,7 +15,7 @@ import numpy as np
 from hrm.affine import KV_STREAMED, WEIGHTS_ON_GPU, WEIGHTS_STREAMED, Affine
 from hrm.hardware import Rates
 from hrm.layers import Layer
-from hrm.operators import causal_pairs, seen_tokens
+from hrm.operators import causal_pairs, kv_shards, seen_tokens
 from hrm.pipeline import LOOKAHEAD
 from hrm.task_times import TaskTimes
 
@@ -57,9 +57,14 @@ class Phase:
     pairs: tuple[tuple[int, Terms], ...]
     """(how often, terms) of each pair of consecutive layers."""
     floor: Affine | None = None
-    """A time that the whole phase takes at least: its GPU work and the choice of tokens."""
-    extra: Affine | None = None
-    """A time that comes on top: what nothing overlaps with."""
+    """A time that the whole phase takes at least: the GPU's work, choosing tokens included."""
+    extras: Mapping[str, Affine] = field(default_factory=dict)
+    """Times that come on top, by the resource that works meanwhile: what nothing overlaps with."""
+
+    @property
+    def extra(self) -> Affine | None:
+        """All of `extras`."""
+        return sum(self.extras.values(), Affine(0.0)) if self.extras else None
 
     def seconds(self, weights_on_gpu: Any = 0.0, kv_on_gpu: Any = 0.0) -> Any:
         """Length of the phase."""
@@ -78,6 +83,10 @@ class Phase:
         for count, terms in self.pairs:
             for name, term in terms.items():
                 total[name] = total.get(name, 0.0) + count * term.at(weights_on_gpu, kv_on_gpu)
+        if self.floor is not None:
+            total["GPU"] = self.floor.at(weights_on_gpu, kv_on_gpu)
+        for name, extra in self.extras.items():
+            total[name] = total.get(name, 0.0) + extra.at(weights_on_gpu, kv_on_gpu)
         return total
 
     def binding(self, weights_on_gpu: float = 0.0, kv_on_gpu: float = 0.0) -> dict[str, float]:
@@ -87,6 +96,12 @@ class Phase:
             values = {name: float(term.at(weights_on_gpu, kv_on_gpu)) for name, term in terms.items()}
             name = max(values, key=lambda key: values[key])
             total[name] = total.get(name, 0.0) + count * values[name]
+        if self.floor is not None:
+            more = float(self.floor.at(weights_on_gpu, kv_on_gpu)) - sum(total.values())
+            if more > 0:
+                total["GPU"] = total.get("GPU", 0.0) + more
+        for name, extra in self.extras.items():
+            total[name] = total.get(name, 0.0) + float(extra.at(weights_on_gpu, kv_on_gpu))
         return total
 
 
@@ -145,6 +160,7 @@ def _decode_terms(
     cross = layer.cross_attention
     # Attention over an encoder's output reads the prompt, attention over the tokens so far only those.
     read = mu * seen_tokens(layer.attention, context) * layer.attention.kv_elements * kv_bytes
+    copies_of_kv = times.num_gpus / kv_shards(layer.attention, times.num_gpus)
     queries, attended = times.qkv_bytes(mu, layer), times.attended_bytes(mu, layer)
     pre, rest = times.pre_attention(mu, layer), times.after_attention(mu, layer)
     if cross is not None:
@@ -181,9 +197,10 @@ def _decode_terms(
         gpu, chain = gpu + attention, chain + attention
         if place.streams_kv:
             new = mu * layer.attention.kv_elements * kv_bytes
-            up = up + (g * read / rates.h2d_bandwidth) * KV_STREAMED + g * per_transfer
+            sent = copies_of_kv * g * read
+            up = up + (sent / rates.h2d_bandwidth) * KV_STREAMED + g * per_transfer
             down = down + (g * new / rates.d2h_bandwidth) * KV_STREAMED + g * per_transfer
-            up_bytes, down_bytes = up_bytes + (g * read) * KV_STREAMED, down_bytes + (g * new) * KV_STREAMED
+            up_bytes, down_bytes = up_bytes + sent * KV_STREAMED, down_bytes + (g * new) * KV_STREAMED
     else:
         attention = times.cpu_attention(mu, mu * context, layer=layer)
         if cross is not None:
@@ -241,7 +258,8 @@ def prefill_phase(times: TaskTimes, sizes: Sizes, place: Placement, *, pairs: An
             if encodes
             else times.prefill(sizes.micro_batch * s, pairs, longest, layer)
         )
-        kv = 0.0 if encodes else sizes.micro_batch * s * model.kind_kv_token_bytes(a)
+        kept = seen_tokens(layer.attention, s)
+        kv = 0.0 if encodes else sizes.micro_batch * kept * model.kind_kv_token_bytes(a)
         weights = model.kind_expert_bytes(b)
         parts.append((count, _prefill_terms(times, sizes, place, compute, kv, weights)))
     if encodes:
@@ -254,10 +272,13 @@ def prefill_phase(times: TaskTimes, sizes: Sizes, place: Placement, *, pairs: An
                 parts.append((count, terms))
     first = model.kind_expert_bytes((model.encoder_order or model.order)[0])
     rates = times.rates
-    extra = Affine(0.0 if encodes else sizes.micro_batches * times.sample(sizes.micro_batch))
+    extras: Terms = {}
+    if not encodes:
+        extras["GPU"] = Affine(sizes.micro_batches * times.sample(sizes.micro_batch))
     if place.streams_weights:
-        extra = extra + (first / min(rates.h2d_bandwidth, rates.staging_bandwidth)) * WEIGHTS_STREAMED
-    return Phase(tuple(parts), extra=extra)
+        load = first / min(rates.h2d_bandwidth, rates.staging_bandwidth)
+        extras["link (CPU to GPU)"] = load * WEIGHTS_STREAMED
+    return Phase(tuple(parts), extras=extras)
 
 
 def _prefill_terms(

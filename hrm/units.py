@@ -13,6 +13,8 @@ import re
 from hrm.errors import InvalidValue
 
 __all__ = [
+    "MAX_SIZE",
+    "brief",
     "format_bandwidth",
     "format_bytes",
     "format_flops",
@@ -23,8 +25,13 @@ __all__ = [
     "parse_seconds",
 ]
 
+MAX_SIZE = 10**9
+"""Largest number of tokens, sequences or elements of a dimension that is taken for meant."""
+
 _DECIMAL = {"": 1.0, "k": 1e3, "K": 1e3, "M": 1e6, "G": 1e9, "T": 1e12, "P": 1e15}
 _BINARY = {"Ki": 2.0**10, "Mi": 2.0**20, "Gi": 2.0**30, "Ti": 2.0**40}
+_TIME = {"s": 1.0, "ms": 1e-3, "us": 1e-6, "µs": 1e-6, "ns": 1e-9}
+_SCALES = {**_DECIMAL, **_BINARY, **_TIME}
 _NUMBER = r"\s*([-+]?\d[\d_]*(?:\.\d+)?(?:[eE][-+]?\d+)?)\s*"
 _BYTES = re.compile(_NUMBER + r"([kKMGTP]?|[KMGT]i)B\s*$")
 _BANDWIDTH = re.compile(_NUMBER + r"([kKMGTP]?|[KMGT]i)B/s\s*$")
@@ -32,17 +39,33 @@ _FLOPS = re.compile(_NUMBER + r"([kKMGTP]?)FLOP/?s\s*$")
 _SECONDS = re.compile(_NUMBER + r"(s|ms|us|µs|ns)\s*$")
 
 
+def brief(value: object) -> str:
+    """A value as a message quotes it: long ones are cut.
+
+    Examples
+    --------
+    >>> brief(7), brief(10**5000), brief("x" * 90)
+    ('7', 'an integer of more than 40 digits', "'xxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxx...")
+    """
+    if isinstance(value, int) and abs(value) >= 10**40:
+        return "an integer of more than 40 digits"
+    text = repr(value)
+    return text if len(text) <= 80 else f"{text[:40]}..."
+
+
 def _parse(text: str | float, pattern: re.Pattern[str], what: str, example: str) -> float:
     if isinstance(text, int | float) and not isinstance(text, bool):
-        value = float(text)
+        try:
+            value = float(text)
+        except OverflowError:
+            value = math.inf
     else:
         match = pattern.match(str(text))
         if match is None:
-            raise InvalidValue(f"{text!r} is not a {what}; write it like {example!r}.")
-        prefix = match.group(2)
-        value = float(match.group(1).replace("_", "")) * _DECIMAL.get(prefix, _BINARY.get(prefix, 1.0))
+            raise InvalidValue(f"{brief(text)} is not a {what}; write it like {example!r}.")
+        value = float(match.group(1).replace("_", "")) * _SCALES[match.group(2)]
     if not math.isfinite(value) or value <= 0:
-        raise InvalidValue(f"{what} must be > 0: {text}")
+        raise InvalidValue(f"{what} must be a finite number > 0: {brief(text)}")
     return value
 
 
@@ -74,7 +97,7 @@ def parse_bytes(text: str | float) -> int:
     """
     size = round(_parse(text, _BYTES, "capacity in bytes", "16 GiB"))
     if size < 1:
-        raise InvalidValue(f"capacity in bytes must be >= 1: {text}")
+        raise InvalidValue(f"capacity in bytes must be >= 1: {brief(text)}")
     return size
 
 
@@ -108,12 +131,6 @@ def parse_seconds(text: str | float) -> float:
     >>> parse_seconds("250 ms")
     0.25
     """
-    if isinstance(text, str):
-        match = _SECONDS.match(text)
-        if match is None:
-            raise InvalidValue(f"{text!r} is not a duration; write it like '10 us'.")
-        scale = {"s": 1.0, "ms": 1e-3, "us": 1e-6, "µs": 1e-6, "ns": 1e-9}[match.group(2)]
-        text = float(match.group(1)) * scale
     return _parse(text, _SECONDS, "duration", "10 us")
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from hrm.errors import InvalidConfig, InvalidValue
+from hrm.units import MAX_SIZE, brief
 
 __all__ = ["Workload"]
 
@@ -41,23 +42,30 @@ class Workload:
         numbers = {"prompt_avg": self.prompt_avg, "prompt_max": self.prompt_max, "gen_len": self.gen_len}
         for name, value in numbers.items():
             if not isinstance(value, int | float) or isinstance(value, bool):
-                raise InvalidValue(f"{name!r} must be a number: {value!r}")
+                raise InvalidValue(f"{name!r} must be a number: {brief(value)}")
+            if value > MAX_SIZE:
+                raise InvalidValue(f"{name!r} must be <= {MAX_SIZE}: {brief(value)}")
         if not all(isinstance(n, int) and not isinstance(n, bool) for n in self.prompt_lens):
             raise InvalidValue("'prompt_lens' must be whole numbers.")
         if not self.gen_len >= 1:
             raise InvalidValue(f"'gen_len' must be >= 1: {self.gen_len}")
         if not 0 < self.prompt_avg <= self.prompt_max:
-            raise InvalidValue(f"'prompt_avg' must be > 0 and <= prompt_max={self.prompt_max}: {self.prompt_avg}")
+            raise InvalidValue(
+                f"'prompt_avg' must be > 0 and <= prompt_max={self.prompt_max}: {brief(self.prompt_avg)}"
+            )
         if any(n < 1 for n in self.prompt_lens):
             raise InvalidValue(f"'prompt_lens' must be >= 1: {min(self.prompt_lens)}")
         if self.prompt_lens and max(self.prompt_lens) > self.prompt_max:
-            raise InvalidValue(f"'prompt_lens' must be <= prompt_max={self.prompt_max}: {max(self.prompt_lens)}")
+            raise InvalidValue(f"'prompt_lens' must be <= prompt_max={self.prompt_max}: {brief(max(self.prompt_lens))}")
 
     @classmethod
     def uniform(cls, prompt_len: int, gen_len: int) -> Workload:
         """Every prompt has `prompt_len` tokens."""
-        if prompt_len < 1:
-            raise InvalidValue(f"'prompt_len' must be >= 1: {prompt_len}")
+        for key, value in (("prompt_len", prompt_len), ("gen_len", gen_len)):
+            if value < 1:
+                raise InvalidValue(f"{key!r} must be >= 1: {brief(value)}")
+            if value > MAX_SIZE:
+                raise InvalidValue(f"{key!r} must be <= {MAX_SIZE}: {brief(value)}")
         return cls(
             name=f"{prompt_len},{gen_len}",
             prompt_avg=float(prompt_len),
@@ -70,6 +78,9 @@ class Workload:
         """A catalog name, a workload file, or ``"prompt_len,gen_len"``."""
         match = re.fullmatch(r"\s*(\d+)\s*,\s*(\d+)\s*", text)
         if match:
+            long = next((digits for digits in match.groups() if len(digits.lstrip("0")) > len(str(MAX_SIZE))), None)
+            if long is not None:
+                raise InvalidValue(f"lengths of a workload must be <= {MAX_SIZE}: {brief(long)}")
             return cls.uniform(int(match.group(1)), int(match.group(2)))
         from hrm import catalog
 
@@ -80,12 +91,12 @@ class Workload:
         """Read a workload TOML file."""
         path = Path(path)
         try:
-            data = tomllib.loads(path.read_text())
+            data = tomllib.loads(path.read_text(encoding="utf-8"))
         except OSError as error:
             raise InvalidConfig(f"cannot read workload {str(path)!r}: {error.strerror}.") from None
         except UnicodeDecodeError as error:
             raise InvalidConfig(f"workload {str(path)!r} is not text: {error}.") from None
-        except tomllib.TOMLDecodeError as error:
+        except (ValueError, RecursionError) as error:
             raise InvalidConfig(f"workload {str(path)!r} does not parse: {error}.") from None
         return cls.from_dict(data, name=path.stem)
 
@@ -104,6 +115,8 @@ class Workload:
         if not isinstance(lens, list | tuple):
             raise InvalidConfig(f"workload {name!r}: 'prompt_lens' must be a list: {lens!r}")
         values["prompt_lens"] = tuple(lens)
+        if not isinstance(values.get("padded", False), bool):
+            raise InvalidConfig(f"workload {name!r}: 'padded' must be true or false: {brief(values['padded'])}")
         return cls(name=name, **values)
 
     def with_options(

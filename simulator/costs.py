@@ -82,10 +82,11 @@ def task_work(
         fill(Op.OFFLOAD_QKV, sequences * (attention.query_size + attention.kv_elements) * model.dtype_bytes)
         fill(Op.LOAD_H, sequences * attention.attended_size * model.dtype_bytes)
         fill(Op.LOAD_X, tokens * model.hidden_bytes)
-        fill(Op.OFFLOAD_KV, tokens * (kv + model.hidden_bytes))
+        kept = _kept_tokens(batch, layer)
+        fill(Op.OFFLOAD_KV, kept * kv + tokens * model.hidden_bytes)
         # Nobody reads the last layer's prompt states.
         tail = schedule.mask(Op.OFFLOAD_KV) & of_kind & (schedule.layer == model.num_layers - 1)
-        moved[tail] = tokens[schedule.part[tail]] * kv
+        moved[tail] = kept[schedule.part[tail]] * kv
         travels = streamed[kind] if isinstance(streamed, dict) else streamed
         page = np.full(schedule.num_micro_batches, travels / schedule.num_micro_batches)
         fill(Op.LOAD_W, page)
@@ -106,6 +107,14 @@ def _cached_tokens(schedule: Schedule, batch: BatchShape) -> np.ndarray:
     sequences, cached = _column(batch.sequences), _column(batch.cached_tokens)
     part = np.minimum(schedule.part, batch.num_micro_batches - 1)
     return cached[part] + sequences[part] * schedule.step
+
+
+def _kept_tokens(batch: BatchShape, layer: Layer) -> np.ndarray:
+    """Prompt tokens of each micro-batch whose keys and values the layer's window will see again."""
+    window = layer.attention.window
+    if window is None:
+        return _column(batch.prompt_tokens)
+    return _column([sum(min(length, window) for length in lengths) for lengths in batch.micro_batches])
 
 
 def _seen_tokens(schedule: Schedule, batch: BatchShape, layer: Layer) -> np.ndarray:
@@ -173,7 +182,7 @@ def schedule_costs(
             where = schedule.mask(op) & of_kind
             seconds[where] = values[schedule.part[where]]
         where = schedule.mask(Op.OFFLOAD_KV) & of_kind
-        kv = (tokens * model.kind_kv_token_bytes(kind))[schedule.part[where]]
+        kv = (_kept_tokens(batch, layer) * model.kind_kv_token_bytes(kind))[schedule.part[where]]
         seconds[where] = times.offload_kv(moved[where] - kv, kv)
         where = attention & of_kind
         part = schedule.part[where]

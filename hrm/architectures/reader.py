@@ -7,6 +7,7 @@ from typing import Any
 
 from hrm.errors import InvalidConfig
 from hrm.layers import check_size
+from hrm.units import MAX_SIZE, brief
 
 __all__ = ["GENERATION_DEFAULTS", "ConfigReader"]
 
@@ -90,6 +91,9 @@ GENERATION_DEFAULTS = frozenset(
 )
 
 
+_MAX_LAYERS = 10_000
+
+
 class ConfigReader:
     """A config whose keys are ticked off as they are read."""
 
@@ -117,6 +121,7 @@ class ConfigReader:
         if value is None:
             raise InvalidConfig(f"config of {self.name!r} lacks {key!r}.")
         check_size(value, key, f"model {self.name!r}")
+        self._check_limit(key, value)
         return int(value)
 
     def count(self, key: str, default: int | None = None) -> int:
@@ -126,7 +131,13 @@ class ConfigReader:
             raise InvalidConfig(f"config of {self.name!r} lacks {key!r}.")
         if not isinstance(value, int) or isinstance(value, bool) or value < 0:
             raise InvalidConfig(f"{key!r} of model {self.name!r} must be an integer >= 0: {value!r}")
+        self._check_limit(key, value)
         return value
+
+    def _check_limit(self, key: str, value: int) -> None:
+        limit = _MAX_LAYERS if key.endswith("layers") else MAX_SIZE
+        if value > limit:
+            raise InvalidConfig(f"{key!r} of model {self.name!r} must be <= {limit}: {brief(value)}")
 
     def size_of(self, *keys: str) -> int:
         """An integer >= 1 that goes by several names; all that are given must agree."""

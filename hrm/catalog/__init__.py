@@ -7,7 +7,7 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from hrm.errors import UnknownName
+from hrm.errors import InvalidConfig, InvalidValue, UnknownName
 from hrm.hardware import Hardware
 from hrm.model import MoEModel
 from hrm.workload import Workload
@@ -28,7 +28,18 @@ def names(kind: str) -> list[str]:
 
 
 def _find(kind: str, name: str) -> Path:
+    if not str(name).strip():
+        example = names(kind)[0]
+        raise InvalidValue(
+            f"the name of the {_KINDS[kind]} is empty; give a catalog name such as {example!r}, or a path."
+        )
     path = Path(name)
+    if path.is_dir() and kind != "models":
+        raise InvalidConfig(f"{str(path)!r} is a folder; name a {_KINDS[kind]} file in it, or a catalog name.")
+    if path.is_dir() and not (path / "config.json").is_file():
+        raise InvalidConfig(
+            f"the folder {str(path)!r} holds no config.json; name a checkpoint folder or a catalog name."
+        )
     if path.exists() or path.suffix in _SUFFIXES[kind] or len(path.parts) > 1:
         return path
     for suffix in _SUFFIXES[kind]:

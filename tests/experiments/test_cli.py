@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from dataclasses import replace
@@ -10,10 +11,11 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import click
 import pytest
 
 from experiments.cli import main
-from experiments.options import PACED_LINK
+from experiments.options import PACED_LINK, OutFile
 from hrm.catalog import load_hardware
 from hrm.errors import DoesNotFit, InvalidValue
 from hrm.units import parse_bandwidth
@@ -151,6 +153,18 @@ def test_slower_link_lowers_the_prediction(hrm_json: Any) -> None:
         (["--device-memory", "16"], "'16 GiB'"),
         (["--link-bandwidth", "fast"], "'none'"),
         (["--gen-len", "0"], "'gen_len'"),
+        (["--gen-len", "9" * 400], "'gen_len' must be <= 1000000000"),
+        (["--prompt-len", "9" * 400], "'prompt_len' must be <= 1000000000"),
+        (["--prompt-len", "1000000001"], "'prompt_len' must be <= 1000000000: 1000000001"),
+        (["--batch-size", "9" * 400], "'batch_size' must be <= 1000000000"),
+        (["--max-batch-size", "1000000001"], "'--max-batch-size'"),
+        (["--model", ""], "name of the model is empty"),
+        (["--hardware", ""], "name of the hardware is empty"),
+        (["--workload", ""], "name of the workload is empty"),
+        (["--model", "/"], "the folder '/' holds no config.json"),
+        (["--hardware", "/"], "'/' is a folder"),
+        (["--workload", "/"], "'/' is a folder"),
+        (["--workload", "9" * 400 + ",5"], "must be <= 1000000000"),
         (["--no-such-option"], "--no-such-option"),
     ],
 )
@@ -172,6 +186,19 @@ def test_places_without_a_schedule_are_planned_not_simulated(hrm: Any, refused: 
     """The closed form knows attention on the GPU and experts on the CPU; the simulator says that it does not."""
     assert hrm("plan", *L4, *options).code == 0
     assert "not built yet" in refused("simulate", *L4, *options)
+
+
+def test_the_papers_objective_refuses_other_places(refused: Any) -> None:
+    """The authors' problem has one placement; another is refused, not ignored."""
+    for option in (["--attention-on-gpu", 1], ["--ffn-on-gpu", 0]):
+        assert "attention on the CPU, experts on the GPU" in refused("plan", *L4, "--objective", "paper", *option)
+
+
+def test_a_budget_beyond_the_ram_is_refused(refused: Any) -> None:
+    """A device budget that takes all RAM of a machine without a GPU leaves no room for the host."""
+    case = ("--model", "mixtral-8x7b", "--hardware", "cpu-2core", "--workload", "77,32", "--device-memory", "30GiB")
+    for solver in ("grid", "milp"):
+        assert "0 B usable" in refused("plan", *case, "--solver", solver, code=3)
 
 
 def test_kv_on_the_gpu_needs_attention_there(refused: Any) -> None:
@@ -224,7 +251,43 @@ def test_sweep_is_a_table_and_goes_on(hrm: Any, hrm_json: Any, tmp_path: Path) -
     assert len(rows) == 4
     assert [row["error"] is None for row in rows] == [True, True, False, False]
     assert hrm_json(*sweep)["rows"] == rows
-    assert "does not fit" in hrm(*sweep).out
+    done = hrm(*sweep)
+    assert f"mixtral-8x7b on cpu-2core, 77,32,gen8: {rows[2]['error']}" in done.out.splitlines()
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["--jobs", "0"], "'--jobs'"),
+        (["--jobs", "1000000"], "1 to 256"),
+        (["--jobs", "-2"], "-1 (one per core)"),
+        (["--jobs", "two"], "'two'"),
+        (["--efficiency", "papper"], "Did you mean 'paper'?"),
+        (["--gen-len", "1000000001"], "'--gen-len'"),
+        (["--hardware", "gcp-l4"], "Did you mean 'gcp-l4-1x'?"),
+    ],
+)
+def test_bad_options_of_a_sweep_are_one_line(refused: Any, options: list[str], words: str) -> None:
+    """What is wrong with a sweep as a whole is refused before anything is planned."""
+    assert words in refused("sweep", *L4, *options)
+
+
+def test_a_sweep_in_which_nothing_fits_exits_with_3(hrm: Any) -> None:
+    """The table or the JSON is printed with the reasons, and the exit code says that there is no plan."""
+    sweep = ("sweep", "--model", "mixtral-8x7b", "--hardware", "cpu-2core", "--workload", "77,32", "--jobs", 1)
+    done = hrm(*sweep)
+    assert done.code == 3 and "does not fit" in done.out
+    done = hrm(*sweep, "--json")
+    assert done.code == 3 and "does not fit" in json.loads(done.out)["rows"][0]["error"]
+    assert "Exits with 3" in hrm("sweep", "--help").out
+
+
+def test_a_damaged_store_of_a_sweep_is_one_line(refused: Any, tmp_path: Path) -> None:
+    """A file that no sweep wrote is refused with its line and left alone."""
+    out = tmp_path / "sweep.jsonl"
+    out.write_text("[1]\n")
+    assert "line 1, is not a row of a sweep" in refused("sweep", *L4, "--jobs", 1, "--out", out)
+    assert out.read_text() == "[1]\n"
 
 
 def test_reproduce_sets_published_beside_ours(hrm: Any, hrm_json: Any, refused: Any, tmp_path: Path) -> None:
@@ -337,6 +400,27 @@ def test_padding_costs_throughput(hrm_json: Any) -> None:
     """Padded prompts make the same policy slower."""
     args = ("simulate", *L4, "--gen-len", 4, "--batch-size", 64, "--micro-batch-size", 16)
     assert hrm_json(*args, "--padded")["throughput_tok_s"] < hrm_json(*args)["throughput_tok_s"]
+
+
+@pytest.mark.parametrize("option", ["--batch", "--micro-batch", "--context"])
+@pytest.mark.parametrize("value", ["0", "1000000001", pytest.param("9" * 400, id="digits")])
+def test_sizes_of_a_roofline_have_limits(refused: Any, option: str, value: str) -> None:
+    """A size of nothing or of more than a billion is refused by its option."""
+    assert f"'{option}'" in refused("roofline", *L4[:4], option, value)
+
+
+def test_folders_that_cannot_be_written_are_refused_first(tmp_path: Path) -> None:
+    """A folder or a file without permission to write is an error before anything is computed."""
+    folder, file = tmp_path / "folder", tmp_path / "old.json"
+    folder.mkdir()
+    folder.chmod(0o555)
+    file.touch(0o444)
+    if os.access(folder, os.W_OK):
+        pytest.skip("this user may write everywhere")
+    for path, words in ((folder / "x.json", "is not writable"), (file, "cannot be written")):
+        with pytest.raises(click.BadParameter, match=words):
+            OutFile().convert(str(path), None, None)
+    assert OutFile().convert(os.devnull, None, None) == Path(os.devnull)
 
 
 @pytest.mark.parametrize("option", ["--trace", "--timeline", "--gantt"])

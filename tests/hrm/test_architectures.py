@@ -449,6 +449,25 @@ def test_values_that_are_not_understood_are_refused(name: str, changed: dict[str
         read({**config_of(name), **changed})
 
 
+@pytest.mark.parametrize(
+    ("name", "key", "limit"),
+    [
+        ("mixtral-8x7b", "num_hidden_layers", 10_000),
+        ("dbrx", "n_layers", 10_000),
+        ("nllb-moe-54b", "decoder_layers", 10_000),
+        ("mixtral-8x7b", "hidden_size", 10**9),
+        ("mixtral-8x7b", "vocab_size", 10**9),
+        ("deepseek-v3", "first_k_dense_replace", 10**9),
+    ],
+)
+@pytest.mark.parametrize("excess", [1, pytest.param(10**400, id="1e400")])
+def test_absurd_sizes_are_refused(name: str, key: str, limit: int, excess: int) -> None:
+    """A size beyond any model's is refused by its key in one short line, before anything is made of it."""
+    with pytest.raises(InvalidConfig, match=f"'{key}' of model 'some-model' must be <= {limit}: ") as caught:
+        read({**config_of(name), key: limit + excess})
+    assert len(str(caught.value)) < 120
+
+
 def test_no_rope_layers_must_cover_every_layer() -> None:
     """A list of layers without rotary angles that is too short is refused."""
     config = {**config_of("llama-4-scout")["text_config"], "no_rope_layers": [1, 0]}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 from dataclasses import fields, replace
+from importlib import resources
 from pathlib import Path
 from typing import Any
 
@@ -510,6 +511,173 @@ def test_a_missing_file_and_an_unknown_name(tmp_path: Path) -> None:
         Hardware.from_catalog(str(tmp_path / "none.json"))
     with pytest.raises(UnknownName, match="Did you mean 'gcp-l4-1x'"):
         Hardware.from_catalog("gcp-l4")
+
+
+@pytest.mark.parametrize("value", ["false", 0, 1, None, []])
+def test_shared_memory_is_true_or_false(data: dict[str, Any], value: Any) -> None:
+    """A text or a number where true or false belongs is refused with its value."""
+    with pytest.raises(InvalidConfig, match=r"'shared_memory' must be true or false: "):
+        load({**data, "shared_memory": value})
+
+
+def test_facts_are_a_table(data: dict[str, Any]) -> None:
+    """Facts that are no table are refused."""
+    with pytest.raises(InvalidConfig, match="'facts' must be a table: 'none'"):
+        load({**data, "facts": "none"})
+
+
+@pytest.mark.parametrize("value", ["", "  ", 3, None, ["NVIDIA"]])
+def test_a_source_is_a_text(data: dict[str, Any], value: Any) -> None:
+    """A source that says nothing is refused where it stands: of a number, of a rate set and of a measurement."""
+    number = data["levels"]["gpu"]["capacity"]
+    number |= {"measured": 23e9, "measured_source": "a paper"}
+    for place, key, where in (
+        (number, "source", "level 'gpu', 'capacity'"),
+        (number, "measured_source", "level 'gpu', 'capacity'"),
+        (data["rates"]["paper"], "source", "rates 'paper'"),
+    ):
+        kept, place[key] = place[key], value
+        with pytest.raises(InvalidConfig, match=f"{where}: '{key}' must be a text that is not empty"):
+            load(data)
+        place[key] = kept
+
+
+def test_a_link_stands_once(data: dict[str, Any]) -> None:
+    """A second link of the same direction is refused by its ends."""
+    data["links"].append(copy.deepcopy(data["links"][0]))
+    with pytest.raises(InvalidConfig, match="link cpu->gpu occurs twice"):
+        load(data)
+
+
+@pytest.mark.parametrize(("kept", "missing"), [("cpu", "gpu->cpu"), ("gpu", "cpu->gpu")])
+def test_both_directions_are_needed(data: dict[str, Any], kept: str, missing: str) -> None:
+    """A file without a link between host and GPU is refused with what to add."""
+    data["links"] = [link for link in data["links"] if link["source"] == kept]
+    source = missing.split("->")[0]
+    with pytest.raises(InvalidConfig, match=f"lacks the link {missing}; add .* source = '{source}', target"):
+        load(data)
+
+
+def test_a_bad_link_is_named(data: dict[str, Any]) -> None:
+    """What is wrong with a link is said with its ends, or with its number where an end is missing."""
+    data["links"][1]["bandwidth"]["value"] = "16 GB"
+    with pytest.raises(InvalidConfig, match="link gpu->cpu, 'bandwidth': '16 GB' is not a bandwidth"):
+        load(data)
+    data["links"][1]["target"] = ["cpu"]
+    with pytest.raises(InvalidConfig, match="'target' must be a text"):
+        load(data)
+    del data["links"][1]["target"]
+    with pytest.raises(InvalidConfig, match="link 2 lacks 'target'"):
+        load(data)
+
+
+def test_a_further_level_is_kept(data: dict[str, Any]) -> None:
+    """A disk with its link is read and saved like the other levels."""
+    data["levels"]["disk"] = copy.deepcopy(data["levels"]["cpu"])
+    data["links"].append({**copy.deepcopy(data["links"][0]), "source": "disk", "target": "cpu"})
+    machine = load(data)
+    assert [level.name for level in machine.levels] == ["gpu", "cpu", "disk"]
+    assert load(machine.to_dict()) == machine
+
+
+HUGE = [
+    pytest.param(10**400, id="1e400"),
+    float("inf"),
+    1e400,
+    "1e999 GB",
+    pytest.param("9" * 400 + " GB", id="digits"),
+]
+
+
+@pytest.mark.parametrize("value", HUGE)
+def test_numbers_without_end_are_refused(data: dict[str, Any], value: Any) -> None:
+    """A number that no double holds is one short line, in a level, a link and a rate set."""
+    places = [
+        (data["levels"]["gpu"]["capacity"], "value"),
+        (data["rates"]["paper"], "gpu_capacity"),
+    ]
+    if not isinstance(value, str):
+        places += [
+            (data["links"][0]["bandwidth"], "value"),
+            (data["rates"]["paper"], "gpu_gemm"),
+            (data["rates"]["paper"], "task_s"),
+        ]
+    for place, key in places:
+        kept, place[key] = place.get(key), value
+        with pytest.raises(InvalidConfig, match="must be a finite number > 0") as caught:
+            load(data)
+        assert len(str(caught.value)) < 250
+        place[key] = kept
+        if kept is None:
+            del place[key]
+
+
+@pytest.mark.parametrize("value", [pytest.param(10**400, id="1e400"), float("inf"), float("nan"), True, "1"])
+def test_sizes_of_a_curve_are_finite_numbers(data: dict[str, Any], value: Any) -> None:
+    """A size on a curve, or a number of cores, that is no finite number is refused by the curve."""
+    for key, curve in (("gpu_gemm", [[value, 1e9]]), ("cores", [[1, 1], [2, value]])):
+        with pytest.raises(InvalidConfig, match=f"rates 'paper', '{key}'"):
+            load({**data, "rates": {"paper": {"source": "me", key: curve}}})
+
+
+def test_the_number_of_gpus_has_a_limit(data: dict[str, Any]) -> None:
+    """More GPUs than any machine has are refused."""
+    with pytest.raises(InvalidConfig, match="'num_gpus' must be <= 10000"):
+        load({**data, "num_gpus": 10**400})
+
+
+TOML = Path(str(resources.files("hrm.catalog") / "hardware" / "gcp-l4-1x.toml"))
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "words"),
+    [
+        ('"24 GB"', "24", "level 'gpu', 'capacity': 24 has no unit; write it like '24 GB'"),
+        ('"24 GB"', "24.0e9", "'capacity': 24000000000.0 has no unit"),
+        ('"300 GB/s"', "300", "level 'gpu', 'bandwidth': 300 has no unit; write it like '300 GB/s'"),
+        ('"1.3 TFLOP/s"', "1.3", "level 'cpu', 'peak_flops': 1.3 has no unit; write it like '65 TFLOP/s'"),
+        ('"16 GB/s"', "16", "link cpu->gpu, 'bandwidth': 16 has no unit"),
+        ('"285 GiB/s"', "285", "rates 'paper', 'gpu_bandwidth': 285 has no unit"),
+        ('gpu_gemm = "104 TFLOP/s"', "gpu_gemm = [[1, 104]]", "rates 'paper', 'gpu_gemm': 104 has no unit"),
+    ],
+)
+def test_numbers_in_toml_have_units(tmp_path: Path, old: str, new: str, words: str) -> None:
+    """A plain number where a unit belongs is refused in a TOML file, with how to write it."""
+    text = TOML.read_text()
+    assert old in text
+    (tmp_path / "mine.toml").write_text(text.replace(old, new, 1))
+    with pytest.raises(InvalidConfig) as caught:
+        Hardware.from_file(tmp_path / "mine.toml")
+    assert words in str(caught.value)
+
+
+def test_overheads_of_zero_and_cores_need_no_unit_in_toml(tmp_path: Path) -> None:
+    """No time is no time in any unit, and cores have none."""
+    (tmp_path / "mine.toml").write_text(TOML.read_text() + "task_s = 0\ncores = [[1, 1], [4, 2.5]]\n")
+    rates = Hardware.from_file(tmp_path / "mine.toml").rates("paper")
+    assert (rates.task_s, rates.cores) == (0.0, Curve(((1.0, 1.0), (4.0, 2.5))))
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [("x.toml", "num_gpus = " + "9" * 5000), ("x.json", "9" * 5000), ("x.json", "[" * 100_000)],
+    ids=["toml digits", "json digits", "json nesting"],
+)
+def test_files_that_defeat_the_parser_are_refused(tmp_path: Path, name: str, content: str) -> None:
+    """Numbers and nesting beyond what the parsers take are one line."""
+    (tmp_path / name).write_text(content)
+    with pytest.raises(InvalidConfig, match=f"{name}' does not parse"):
+        Hardware.from_file(tmp_path / name)
+
+
+@pytest.mark.parametrize("read", [catalog.load_hardware, catalog.load_model, catalog.load_workload])
+def test_empty_names_and_folders_are_refused(tmp_path: Path, read: Any) -> None:
+    """An empty name and a folder that holds nothing of the kind are refused with what to give instead."""
+    for name in ("", " "):
+        with pytest.raises(InvalidValue, match="is empty; give a catalog name such as"):
+            read(name)
+    with pytest.raises(InvalidConfig, match=r"folder.* name a .* or a catalog name"):
+        read(str(tmp_path))
 
 
 # -- curves -------------------------------------------------------------------------------------------

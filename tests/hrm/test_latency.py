@@ -261,7 +261,7 @@ def test_a_phase_is_its_busiest_resources() -> None:
     assert Phase(pairs).seconds(0.5) == 3 * 1.5 + 5
     assert Phase(pairs).seconds(1.0) == 3 * 1.0 + 5
     assert Phase(pairs, floor=Affine(20.0)).seconds(0.5) == 20
-    assert Phase(pairs, floor=Affine(20.0), extra=Affine(1.0, 2.0)).seconds(0.5) == 22
+    assert Phase(pairs, floor=Affine(20.0), extras={"c": Affine(1.0, 2.0)}).seconds(0.5) == 22
     assert Phase(pairs).needs(0.5) == {"a": 4.5, "b": 8.0}
     assert Phase(pairs).binding(0.5) == {"a": 4.5, "b": 5.0}
 
@@ -457,3 +457,14 @@ def test_shared_cores_bound_a_machine_without_a_gpu() -> None:
     assert "CPU cores" in many.terms
     assert "CPU cores" not in run(SPEC).terms
     assert float(few.throughput) <= float(many.throughput)
+
+
+def test_the_only_busy_resource_has_no_slack() -> None:
+    """With everything on the GPU the GPU is busy all the time, the LM head included, and is what all wait for."""
+    model = MoEModel.from_catalog("gpt-oss-20b")
+    rates = Hardware.from_catalog("h200-1x").rates("spec")
+    everything = {"attention_on_gpu": True, "weights_on_gpu": 1.0, "kv_on_gpu": 1.0}
+    alone = Policy(batch_size=8, micro_batch_size=8, **everything)
+    found = estimate(model, rates, alone, prompt_len=8, gen_len=512)
+    assert found.slack["GPU"] == pytest.approx(0, abs=0.01)
+    assert found.binding["GPU"] == pytest.approx(found.prefill_s + found.decode_s, rel=0.01)

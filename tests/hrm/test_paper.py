@@ -143,3 +143,31 @@ def test_an_unknown_objective_or_solver_is_refused() -> None:
         plan(MIXTRAL, L4, WORKLOAD, solver="milps")
     with pytest.raises(InvalidValue, match="'num_requests' use 'grid'"):
         plan(MIXTRAL, L4, WORKLOAD, solver="milp", num_requests=10)
+
+
+@pytest.mark.parametrize(
+    ("model", "message"),
+    [
+        (MoEModel.from_catalog("qwen3-30b-a3b"), "takes heads of hidden_size/num_heads = 64"),
+        (MIXTRAL.with_kv_dtype("int8"), "counts two bytes"),
+        (MIXTRAL.with_dtype("float32"), "counts two bytes"),
+    ],
+)
+def test_models_that_the_authors_problem_cannot_state(model: MoEModel, message: str) -> None:
+    """Heads of another width, and anything not kept in two bytes, are refused rather than miscounted."""
+    with pytest.raises(InvalidConfig, match=message):
+        plan(model, L4, WORKLOAD, objective="paper")
+
+
+def test_the_authors_problem_passes_the_bound_of_decode() -> None:
+    """Their optimum lies above what the link can do: it counts no hidden states; the plan's text says so."""
+    found = plan(MIXTRAL, L4, WORKLOAD, objective="paper")
+    assert found.bound_tok_s < found.estimate.throughput < 1.02 * found.bound_tok_s
+    assert "counts no hidden states" in str(found)
+    assert "counts no hidden states" not in str(plan(MIXTRAL, L4, WORKLOAD))
+
+
+def test_positions_hold_for_the_authors_problem_too() -> None:
+    """Prompts and generation longer than the model's positions are refused."""
+    with pytest.raises(DoesNotFit, match="32768 positions"):
+        plan(MIXTRAL, L4, Workload.parse("4000,30000"), objective="paper")

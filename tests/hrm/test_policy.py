@@ -30,6 +30,14 @@ def test_sizes_must_be_positive_integers(name: str, value: object) -> None:
     assert str(caught.value) == f"{name!r} must be an integer >= 1: {value!r}"
 
 
+@pytest.mark.parametrize("value", [10**9 + 1, pytest.param(10**400, id="1e400"), pytest.param(10**5000, id="1e5000")])
+def test_sizes_have_a_limit(value: int) -> None:
+    """More sequences than a billion are refused in one short line."""
+    with pytest.raises(InvalidValue, match="'batch_size' must be <= 1000000000: ") as caught:
+        Policy(batch_size=value, micro_batch_size=1)
+    assert len(str(caught.value)) < 120
+
+
 def test_micro_batch_cannot_exceed_the_batch() -> None:
     """μ above N is refused with both numbers."""
     with pytest.raises(InvalidValue, match=r"'micro_batch_size' must be <= batch_size=4: 5"):

@@ -13,6 +13,7 @@ from hrm import Hardware, MoEModel, Policy, catalog
 from hrm.bound import physical_bound
 from hrm.errors import InvalidValue
 from hrm.hardware import Curve
+from hrm.latency import estimate
 from hrm.operators import active_experts, attention_core, expert_ffn
 from hrm.roofline import (
     attainable,
@@ -216,10 +217,10 @@ def test_physical_bound_of_a_run_bound_by_the_link() -> None:
 
 
 def test_physical_bound_of_kv_on_the_link() -> None:
-    """With attention on the GPU and the KV cache on the host, all of it crosses the link at every step."""
+    """With attention on the GPU and the KV cache on the host, all but the newest token's crosses the link."""
     shares = {"weights_on_gpu": 1.0, "kv_on_gpu": 0.25}
     bound = physical_bound(MIXTRAL, L4.rates("spec"), policy(100, True, **shares), prompt_len=1000, gen_len=3)
-    read = 0.75 * 100 * (1001 + 1002) * 4096 * 32
+    read = 0.75 * 100 * (1000 + 1001) * 4096 * 32
     assert bound.seconds["link (CPU to GPU)"] == pytest.approx(read / 16e9)
     assert bound.seconds["link (GPU to CPU)"] == pytest.approx(0.75 * 100 * (1000 + 2) * 4096 * 32 / 16e9)
     assert bound.seconds["CPU"] == 0
@@ -271,3 +272,25 @@ def test_the_bound_of_several_gpus() -> None:
     )
     for name in one:
         assert two[name] == pytest.approx(one[name] / (2 if name.startswith("GPU") else 1)), name
+
+
+def test_a_dense_ffn_is_bound_by_its_own_kernel() -> None:
+    """An FFN without a router runs as a plain product: a slow expert kernel does not lower its ceiling."""
+    opt = MoEModel.from_catalog("opt-6.7b")
+    spec = Hardware.from_catalog("a100-80g-1x").rates("spec")
+    slow = replace(spec, gpu_experts=Curve.constant(spec.gpu_experts.peak / 10))
+    resident = policy(64, True, weights_on_gpu=1.0, kv_on_gpu=1.0)
+    known, slower = (physical_bound(opt, rates, resident, prompt_len=1024, gen_len=8) for rates in (spec, slow))
+    assert known.tok_s == slower.tok_s
+    predicted = estimate(opt, slow, resident, prompt_len=1024, gen_len=8)
+    assert predicted.throughput <= slower.tok_s
+
+
+def test_a_bound_of_decode_alone() -> None:
+    """Without prefill a run needs less of everything that prefill uses."""
+    whole, decode = (
+        physical_bound(MIXTRAL, L4.rates("spec"), policy(64), prompt_len=100, gen_len=8, prefill=prefill)
+        for prefill in (True, False)
+    )
+    assert decode.tok_s > whole.tok_s
+    assert all(decode.seconds[name] <= whole.seconds[name] for name in whole.seconds)

@@ -107,6 +107,42 @@ def test_counts_are_checked() -> None:
         Workload.parse("0,5")
 
 
+@pytest.mark.parametrize(
+    "digits", ["1000000001", pytest.param("9" * 400, id="400 digits"), pytest.param("9" * 5000, id="5000 digits")]
+)
+def test_absurd_lengths_are_refused(digits: str) -> None:
+    """A length of more than a billion tokens is refused in one short line, on either side of the comma."""
+    for text in (f"{digits},5", f"5,{digits}"):
+        with pytest.raises(InvalidValue, match="must be <= 1000000000: ") as caught:
+            Workload.parse(text)
+        assert len(str(caught.value)) < 120
+    assert Workload.parse("0000000000000077,1000000000").gen_len == 10**9
+
+
+@pytest.mark.parametrize(
+    "value", [10**9 + 1, pytest.param(10**400, id="1e400"), pytest.param(10**5000, id="1e5000"), float("inf")]
+)
+@pytest.mark.parametrize("key", ["prompt_avg", "prompt_max", "gen_len"])
+def test_numbers_of_a_file_have_a_limit(key: str, value: Any) -> None:
+    """A number of more than a billion tokens is refused by its key."""
+    with pytest.raises(InvalidValue, match=f"'{key}' must be <= 1000000000: ") as caught:
+        Workload.from_dict({"prompt_avg": 5, "prompt_max": 9, "gen_len": 4, key: value}, name="x")
+    assert len(str(caught.value)) < 120
+
+
+@pytest.mark.parametrize("key", ["prompt_len", "gen_len"])
+def test_options_have_a_limit(key: str) -> None:
+    """A length given as an option has the same limit."""
+    with pytest.raises(InvalidValue, match=f"'{key}' must be <= 1000000000: "):
+        Workload.parse("5,5").with_options(**{key: 10**400})
+
+
+def test_padded_is_true_or_false() -> None:
+    """A text where true or false belongs is refused."""
+    with pytest.raises(InvalidConfig, match="'padded' must be true or false: 'false'"):
+        Workload.from_dict({"prompt_avg": 5, "prompt_max": 9, "gen_len": 4, "padded": "false"}, name="x")
+
+
 def test_unknown_and_missing_keys_are_named() -> None:
     """A workload file with a stray or a missing key is refused by that key."""
     good = {"prompt_avg": 5, "prompt_max": 9, "gen_len": 4}
@@ -125,6 +161,9 @@ def test_files(tmp_path: Path) -> None:
     with pytest.raises(InvalidConfig, match=r"cannot read workload '.*none.toml'"):
         Workload.parse(str(tmp_path / "none.toml"))
     path.write_text("prompt_avg = ")
+    with pytest.raises(InvalidConfig, match=r"mine.toml' does not parse"):
+        Workload.parse(str(path))
+    path.write_text("gen_len = " + "9" * 5000)
     with pytest.raises(InvalidConfig, match=r"mine.toml' does not parse"):
         Workload.parse(str(path))
 
