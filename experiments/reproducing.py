@@ -52,7 +52,7 @@ def reproduce_command(names: tuple[str, ...], out: Path, as_json: bool) -> None:
         if result.rows:
             cells = [
                 [row["setting"], row["system"], f"{row['published']:.5g}", f"{row['predicted']:.5g}",
-                 f"{row['error']:+.1%}", row["split"]]
+                 f"{round(row['error'], 3) + 0.0:+.1%}", row["split"]]
                 for row in result.rows
             ]  # fmt: skip
             lines.append(table(["setting", "system", "published", "ours", "error", "split"], cells))
