@@ -5,7 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-__all__ = ["KV_ON_GPU", "KV_STREAMED", "WEIGHTS_ON_GPU", "WEIGHTS_STREAMED", "Affine"]
+import numpy as np
+
+__all__ = ["KV_ON_GPU", "KV_STREAMED", "WEIGHTS_ON_GPU", "WEIGHTS_STREAMED", "Affine", "is_zero"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,9 +30,9 @@ class Affine:
         """Value for given shares."""
         value = self.constant
         # Zero coefficients are common, and arrays are large.
-        if not _zero(self.w):
+        if not is_zero(self.w):
             value = value + self.w * weights_on_gpu
-        if not _zero(self.c):
+        if not is_zero(self.c):
             value = value + self.c * kv_on_gpu
         return value
 
@@ -44,8 +46,8 @@ class Affine:
     def __mul__(self, factor: Any) -> Affine:
         return Affine(
             self.constant * factor,
-            0.0 if _zero(self.w) else self.w * factor,
-            0.0 if _zero(self.c) else self.c * factor,
+            0.0 if is_zero(self.w) else self.w * factor,
+            0.0 if is_zero(self.c) else self.c * factor,
         )
 
     __rmul__ = __mul__
@@ -54,14 +56,15 @@ class Affine:
         return self * (1.0 / divisor)
 
 
-def _zero(value: Any) -> bool:
-    return isinstance(value, float) and value == 0.0
+def is_zero(value: Any) -> bool:
+    """True for the number 0, which a term without that share has; an array is never called zero."""
+    return np.ndim(value) == 0 and bool(value == 0.0)
 
 
 def _add(a: Any, b: Any) -> Any:
-    if _zero(a):
+    if is_zero(a):
         return b
-    return a if _zero(b) else a + b
+    return a if is_zero(b) else a + b
 
 
 WEIGHTS_ON_GPU, WEIGHTS_STREAMED = Affine(0.0, 1.0), Affine(1.0, -1.0)

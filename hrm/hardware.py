@@ -2,21 +2,20 @@
 
 `MemoryLevel` and `Link` hold what a data sheet says, each number with where it comes from. `Rates` hold
 what kernels attain on it; a machine has one or more sets of them (``spec`` is derived from the data
-sheet, ``paper``, ``measured`` and ``fitted`` come from files). No efficiency stands in code.
+sheet, ``published`` puts published measurements in its place, ``paper``, ``measured`` and ``fitted`` come from
+files). No efficiency stands in code.
 """
 
 from __future__ import annotations
 
-import bisect
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal, Self
-
-import numpy as np
+from typing import Any
 
 from hrm.errors import InvalidConfig, InvalidValue, UnknownName
+from hrm.rates import RATE_SETS, Curve, Provenance, Rates
 from hrm.units import (
     format_bandwidth,
     format_bytes,
@@ -24,10 +23,6 @@ from hrm.units import (
 )
 
 __all__ = ["RATE_SETS", "Curve", "Hardware", "Link", "MemoryLevel", "Provenance", "Quantity", "Rates"]
-
-Provenance = Literal["spec", "published", "paper", "measured", "fitted"]
-RATE_SETS: tuple[Provenance, ...] = ("fitted", "measured", "paper", "published", "spec")
-"""Best first: the order in which a machine's default set is chosen."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,63 +33,11 @@ class Quantity:
     provenance: Provenance = "spec"
     source: str = ""
     measured: float | None = None
-    """What somebody published as measured, for comparison; nothing is computed from it."""
+    """What somebody published as measured; the rate set "published" takes it in place of `value`."""
     measured_source: str = ""
 
     def __float__(self) -> float:
         return float(self.value)
-
-
-@dataclass(frozen=True, slots=True)
-class Curve:
-    """A rate that depends on the size of the work: linear between points, constant outside them.
-
-    Examples
-    --------
-    >>> Curve(((1, 10.0), (3, 30.0))).at(2)
-    20.0
-    """
-
-    points: tuple[tuple[float, float], ...]
-    """(size, rate) in ascending size."""
-
-    def __post_init__(self) -> None:
-        sizes = [x for x, _ in self.points]
-        if not self.points or sizes != sorted(set(sizes)):
-            raise InvalidConfig(f"a rate curve needs points in ascending size: {self.points}")
-        if any(not (y > 0) for _, y in self.points):
-            raise InvalidConfig(f"a rate must be > 0: {self.points}")
-
-    @classmethod
-    def constant(cls, rate: float) -> Self:
-        """A rate that does not depend on size."""
-        return cls(((1.0, float(rate)),))
-
-    def at(self, size: Any) -> Any:
-        """Rate at `size` (number or array)."""
-        if isinstance(size, int | float):
-            return self._scalar(float(size))
-        xs, ys = zip(*self.points, strict=True)
-        return np.interp(size, xs, ys)
-
-    def _scalar(self, size: float) -> float:
-        points = self.points
-        i = bisect.bisect_left(points, (size,))
-        if i == 0:
-            return points[0][1]
-        if i == len(points):
-            return points[-1][1]
-        (x0, y0), (x1, y1) = points[i - 1], points[i]
-        return y0 + (y1 - y0) * (size - x0) / (x1 - x0)
-
-    def scaled(self, factor: float) -> Curve:
-        """The curve with every rate multiplied."""
-        return Curve(tuple((x, y * factor) for x, y in self.points))
-
-    @property
-    def peak(self) -> float:
-        """Highest rate of the curve."""
-        return max(y for _, y in self.points)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -124,83 +67,6 @@ class Link:
     target: str
     bandwidth: Quantity
     """B^{j,i}: bytes per second."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Rates:
-    """What kernels and copies attain on a machine: everything that turns work into seconds.
-
-    Rates of a GPU are those of one GPU of the machine; links are those of the whole node.
-    Sizes of the curves: tokens per GEMM (`gpu_gemm`), tokens per active expert (`gpu_experts`), context
-    (`cpu_attention`) and prompt length (`gpu_attention`) in tokens.
-    """
-
-    provenance: Provenance
-    source: str
-    gpu_gemm: Curve
-    """FLOP/s of a dense projection by number of rows."""
-    gpu_experts: Curve
-    """FLOP/s of the expert FFN by tokens per active expert."""
-    gpu_attention: Curve
-    """FLOP/s of causal attention in prefill."""
-    gpu_bandwidth: float
-    """Bytes/s of the GPU's memory, for element-wise kernels and weight reads."""
-    gpu_decode_attention: Curve
-    """Bytes/s at which decode attention on the GPU reads the KV cache."""
-    gpu_launch_s: float = 0.0
-    """Seconds that every kernel costs at least (launch, or operator dispatch)."""
-    cpu_attention: Curve
-    """Bytes/s at which decode attention on the CPU reads the KV cache."""
-    cpu_attention_flops: float | None = None
-    """FLOP/s roof of decode attention on the CPU; None where only its KV traffic was measured."""
-    cpu_experts: Curve
-    """FLOP/s of the expert FFN on the CPU by tokens per active expert."""
-    cpu_weight_bandwidth: float
-    """Bytes/s at which experts on the CPU read their weights."""
-    cpu_task_s: float = 0.0
-    """Seconds that a CPU attention call costs beside its KV traffic."""
-    h2d_bandwidth: float
-    d2h_bandwidth: float
-    transfer_s: float = 0.0
-    """Seconds that every transfer costs beside its bytes."""
-    peer_bandwidth: float | None = None
-    """Bytes/s that one GPU sends to its peers; None on a machine with one GPU."""
-    peer_s: float = 0.0
-    """Seconds that every exchange between GPUs costs beside its bytes."""
-    staging_bandwidth: float
-    """Bytes/s of the copy from pageable to pinned memory, alone."""
-    dram_bandwidth: float
-    """Bytes/s that all users of CPU memory share."""
-    copy_bandwidth: float | None = None
-    """Bytes/s of a copy on one core, where copies are made by a core (no GPU)."""
-    task_s: float = 0.0
-    """Seconds between a task's last dependency and its start (hand-over between lanes)."""
-    gpu_capacity: float | None = None
-    """Bytes of one GPU as the set's source counts them, where that is not the data sheet's figure."""
-    cpu_capacity: float | None = None
-    """Bytes of host memory, likewise."""
-    cores: Curve | None = None
-    """Lanes' worth of work done at once, by lanes' worth wanted, where lanes share cores; None with a GPU."""
-
-    def __post_init__(self) -> None:
-        for item in fields(self):
-            value = getattr(self, item.name)
-            if isinstance(value, int | float):
-                overhead = item.name.endswith("_s")
-                if not (value >= 0 if overhead else value > 0):
-                    raise InvalidConfig(f"rate {item.name!r} must be {'>=' if overhead else '>'} 0: {value}")
-
-    def with_link(self, bandwidth: float | None) -> Rates:
-        """The same machine with a link of `bandwidth` bytes/s both ways (None: unchanged).
-
-        A paced link cannot be faster than the copies that carry it.
-        """
-        if bandwidth is None:
-            return self
-        if not bandwidth > 0:
-            raise InvalidValue(f"link bandwidth must be > 0: {bandwidth}")
-        limit = self.copy_bandwidth or float("inf")
-        return replace(self, h2d_bandwidth=min(bandwidth, limit), d2h_bandwidth=min(bandwidth, limit))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -399,7 +265,7 @@ class Hardware:
             "staging_bandwidth": cpu_bandwidth, "dram_bandwidth": cpu_bandwidth,
             "gpu_capacity": gpu_memory, "cpu_capacity": cpu_memory,
         }  # fmt: skip
-        rate_sets = {name: _scale_rates(rates, by_field) for name, rates in self.rate_sets.items()}
+        rate_sets = {name: rates.scaled(by_field) for name, rates in self.rate_sets.items()}
         return replace(self, levels=tuple(levels), links=links, rate_sets=rate_sets)
 
     def with_capacity(self, *, gpu_bytes: int | None = None, cpu_bytes: int | None = None) -> Hardware:
@@ -469,12 +335,3 @@ class Hardware:
 def _times(number: Quantity, factor: float) -> Quantity:
     measured = None if number.measured is None else number.measured * factor
     return replace(number, value=number.value * factor, measured=measured)
-
-
-def _scale_rates(rates: Rates, factors: Mapping[str, float]) -> Rates:
-    changed: dict[str, Any] = {}
-    for name, factor in factors.items():
-        value = getattr(rates, name)
-        if factor != 1 and value is not None:
-            changed[name] = value.scaled(factor) if isinstance(value, Curve) else value * factor
-    return replace(rates, **changed)

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import time
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from itertools import product
 from typing import Any, Literal, NoReturn
 
 import numpy as np
 
-from hrm.bound import Bound, physical_bound
+from hrm.bound import physical_bound
 from hrm.errors import DoesNotFit, InvalidValue, PolicyInfeasible
 from hrm.hardware import Hardware, Rates
 from hrm.latency import Estimate, estimate, placement_of
@@ -69,11 +69,10 @@ def evaluate(
     rates = hardware.rates(_rate_set(hardware, efficiency, objective))
     if policy.kv_on_gpu > 0 and not policy.attention_on_gpu:
         raise InvalidValue(f"'kv_on_gpu' must be 0 where attention runs on the CPU: {policy.kv_on_gpu}")
-    if objective == "paper":
-        return _paper_plan(model, hardware, workload, rates, policy, started=started, evaluated=1, solver="none")
-    memory = _policy_memory(model, hardware, workload, policy)
-    check_fits(memory, hardware)
-    return _plan_of(model, hardware, workload, rates, policy, started=started, evaluated=1, solver="none")
+    if objective == "throughput":
+        check_fits(_policy_memory(model, hardware, workload, policy), hardware)
+    request = _Request(model, hardware, workload, rates, objective)
+    return request.answer(policy, started=started, evaluated=1, solver="none")
 
 
 def plan(
@@ -98,7 +97,7 @@ def plan(
 
     Parameters
     ----------
-    efficiency : {"fitted", "measured", "paper", "spec"}, optional
+    efficiency : {"fitted", "measured", "paper", "published", "spec"}, optional
         Which rates of the machine to use; by default the best it has ("paper" for the paper's objective).
     objective : {"throughput", "paper"}
         Tokens/s of a whole run, prefill included; or the authors' own problem, see `hrm.paper`.
@@ -172,9 +171,8 @@ def plan(
         if found is None:
             _explain_infeasible(model, machine, workload, problems[0])
         evaluated = sum(int(np.broadcast_to(problem.allowed, problem.shape).sum()) for problem in problems)
-        policy = _policy_of(found)
-        make = _paper_plan if objective == "paper" else _plan_of
-        return make(model, machine, workload, rates, policy, started=begun, evaluated=evaluated, solver=solver)
+        request = _Request(model, machine, workload, rates, objective)
+        return request.answer(_policy_of(found), started=begun, evaluated=evaluated, solver=solver)
 
     def coarse(machine: Hardware, around: Policy | None = None) -> Plan:
         sizes = [grid_sizes(most, every_to=_COARSE) for most in (_MAX_MICRO_BATCH, _MAX_MICRO_BATCHES)]
@@ -279,97 +277,84 @@ def _policy_memory(model: MoEModel, hardware: Hardware, workload: Workload, poli
     return need.at(policy.weights_on_gpu, policy.kv_on_gpu)
 
 
-def _bound(
-    model: MoEModel, hardware: Hardware, rates: Rates, workload: Workload, policy: Policy, *, prefill: bool = True
-) -> Bound:
-    prompt = float(prompt_tokens(workload, policy.batch_size)) / policy.batch_size
-    return physical_bound(
-        model,
-        rates,
-        policy,
-        prompt_len=prompt,
-        gen_len=workload.gen_len,
-        num_gpus=hardware.num_gpus,
-        prefill=prefill,
-    )
+@dataclass(frozen=True, slots=True)
+class _Request:
+    """What a policy is asked for, under one objective."""
 
+    model: MoEModel
+    hardware: Hardware
+    workload: Workload
+    rates: Rates
+    objective: Objective
 
-def _plan_of(
-    model: MoEModel,
-    hardware: Hardware,
-    workload: Workload,
-    rates: Rates,
-    policy: Policy,
-    *,
-    started: float,
-    evaluated: int,
-    solver: str,
-) -> Plan:
-    result = estimate(
-        model,
-        rates,
-        policy,
-        prompt_len=float(prompt_tokens(workload, policy.batch_size)) / policy.batch_size,
-        gen_len=workload.gen_len,
-        num_gpus=hardware.num_gpus,
-    )
-    return Plan(
-        model=model,
-        hardware=hardware,
-        workload=workload,
-        policy=policy,
-        estimate=result,
-        memory=_policy_memory(model, hardware, workload, policy),
-        room=usable_bytes(hardware),
-        bound=_bound(model, hardware, rates, workload, policy),
-        rate_set=rates.provenance,
-        evaluated=evaluated,
-        solver=solver,
-        seconds=time.perf_counter() - started,
-    )
+    def answer(self, policy: Policy, *, started: float, evaluated: int, solver: str) -> Plan:
+        """Everything that the model says of a policy."""
+        see = self._by_the_authors if self.objective == "paper" else self._whole_run
+        result, memory, room = see(policy)
+        return Plan(
+            model=self.model,
+            hardware=self.hardware,
+            workload=self.workload,
+            policy=policy,
+            estimate=result,
+            memory=memory,
+            room=room,
+            bound=physical_bound(
+                self.model,
+                self.rates,
+                policy,
+                prompt_len=self._mean_prompt(policy),
+                gen_len=self.workload.gen_len,
+                num_gpus=self.hardware.num_gpus,
+                prefill=self.objective != "paper",
+            ),
+            rate_set=self.rates.provenance,
+            objective=self.objective,
+            evaluated=evaluated,
+            solver=solver,
+            seconds=time.perf_counter() - started,
+        )
 
+    def _mean_prompt(self, policy: Policy) -> float:
+        return float(prompt_tokens(self.workload, policy.batch_size)) / policy.batch_size
 
-def _paper_plan(
-    model: MoEModel,
-    hardware: Hardware,
-    workload: Workload,
-    rates: Rates,
-    policy: Policy,
-    *,
-    started: float,
-    evaluated: int,
-    solver: str,
-) -> Plan:
-    """A policy as the authors' problem sees it."""
-    if policy.attention_on_gpu or not policy.ffn_on_gpu:
-        raise InvalidValue("the authors' problem has attention on the CPU and experts on the GPU.")
-    problem = paper_problem(
-        model,
-        hardware,
-        rates,
-        workload,
-        micro_batch=np.array([policy.micro_batch_size]),
-        micro_batches=np.array([policy.num_micro_batches]),
-    )
-    shares = (policy.weights_on_gpu, policy.kv_on_gpu)
-    need = [float(np.squeeze(room.need.at(*shares))) for room in problem.rooms]
-    for tier, bytes_, room in zip(("GPU", "CPU"), need, problem.rooms, strict=True):
-        if bytes_ > room.room * (1 + 1e-6):
-            raise DoesNotFit(
-                f"by the authors' count the policy needs {format_bytes(bytes_)} of {tier} memory and "
-                f"may use {format_bytes(room.room)} of {hardware.name}: {format_bytes(bytes_ - room.room)} too much."
-            )
-    (steps, phase) = problem.phases[0]
-    decode = float(np.squeeze(steps * phase.seconds(*shares)))
-    needs = {name: float(np.squeeze(value)) for name, value in phase.needs(*shares).items()}
-    layers = model.num_layers
-    bottleneck = max(needs, key=lambda name: needs[name])
-    return Plan(
-        model=model,
-        hardware=hardware,
-        workload=workload,
-        policy=policy,
-        estimate=Estimate(
+    def _whole_run(self, policy: Policy) -> tuple[Estimate, Footprint, tuple[float, float]]:
+        result = estimate(
+            self.model,
+            self.rates,
+            policy,
+            prompt_len=self._mean_prompt(policy),
+            gen_len=self.workload.gen_len,
+            num_gpus=self.hardware.num_gpus,
+        )
+        return result, _policy_memory(self.model, self.hardware, self.workload, policy), usable_bytes(self.hardware)
+
+    def _by_the_authors(self, policy: Policy) -> tuple[Estimate, Footprint, tuple[float, float]]:
+        if policy.attention_on_gpu or not policy.ffn_on_gpu:
+            raise InvalidValue("the authors' problem has attention on the CPU and experts on the GPU.")
+        problem = paper_problem(
+            self.model,
+            self.hardware,
+            self.rates,
+            self.workload,
+            micro_batch=np.array([policy.micro_batch_size]),
+            micro_batches=np.array([policy.num_micro_batches]),
+        )
+        shares = (policy.weights_on_gpu, policy.kv_on_gpu)
+        need = [float(np.squeeze(room.need.at(*shares))) for room in problem.rooms]
+        for tier, size, room in zip(("GPU", "CPU"), need, problem.rooms, strict=True):
+            if size > room.room * (1 + 1e-6):
+                raise DoesNotFit(
+                    f"by the authors' count the policy needs {format_bytes(size)} of {tier} memory and "
+                    f"may use {format_bytes(room.room)} of {self.hardware.name}: "
+                    f"{format_bytes(size - room.room)} too much."
+                )
+        (steps, phase) = problem.phases[0]
+        decode = float(np.squeeze(steps * phase.seconds(*shares)))
+        needs = {name: float(np.squeeze(value)) for name, value in phase.needs(*shares).items()}
+        layers = self.model.num_layers
+        bottleneck = max(needs, key=lambda name: needs[name])
+        result = Estimate(
             throughput=float(np.squeeze(problem.tokens)) / decode,
             prefill_s=0.0,
             decode_s=decode,
@@ -378,16 +363,9 @@ def _paper_plan(
             binding={bottleneck: decode},
             needs={name: steps * value for name, value in needs.items()},
             bottleneck=bottleneck,
-        ),
-        memory=Footprint(gpu={"by the authors' count": need[0]}, cpu={"by the authors' count": need[1]}),
-        room=(problem.rooms[0].room, problem.rooms[1].room),
-        bound=_bound(model, hardware, rates, workload, policy, prefill=False),
-        rate_set=rates.provenance,
-        objective="paper",
-        evaluated=evaluated,
-        solver=solver,
-        seconds=time.perf_counter() - started,
-    )
+        )
+        memory = Footprint(gpu={"by the authors' count": need[0]}, cpu={"by the authors' count": need[1]})
+        return result, memory, (problem.rooms[0].room, problem.rooms[1].room)
 
 
 def _soonest(
