@@ -166,6 +166,7 @@ def hardware_to_dict(machine: Hardware) -> dict[str, Any]:
                     table[key] = [list(point) for point in table[key]["points"]]
         entry.pop("provenance")
         entry.pop("peer_by_host")  # follows from the links
+        entry.pop("stages_weights")  # the run says
         if own:
             entry["systems"] = own
         rates[set_name] = entry

@@ -23,6 +23,8 @@ from hrm.pipeline import (
     prefill_slot_bytes,
     workspace_bytes,
 )
+from hrm.policy import Policy
+from hrm.systems import System, check_system
 from hrm.units import format_bytes
 
 __all__ = ["Footprint", "batch_footprint", "check_fits", "footprint", "kv_cache_bytes", "usable_bytes"]
@@ -83,6 +85,7 @@ def footprint(
     attention_on_gpu: bool = False,
     ffn_on_gpu: bool = True,
     num_gpus: int = 1,
+    system: str = "moe-lightning",
 ) -> Footprint:
     """Memory of a run, affine in r_w and r_c.
 
@@ -96,6 +99,8 @@ def footprint(
         Tokens of the longest prompt.
     num_gpus : int
         GPUs that share weights and KV; each keeps all hidden states.
+    system : str
+        Whose buffers, see `hrm.systems`.
 
     Returns
     -------
@@ -108,13 +113,16 @@ def footprint(
     item is one that the executor allocates.
     """
     b, t = model.dtype_bytes, num_gpus
-    widest = max(model.kind_expert_bytes(kind) for kind in (*model.order, *model.encoder_order))
-    streamed = widest * WEIGHTS_STREAMED
+    traits = check_system(system)
+    every = (*model.order, *model.encoder_order)
+    travels = {kind: model.kind_travelling_bytes(kind, dense=traits.streams_dense) for kind in set(every)}
+    whole = sum(travels[kind] for kind in every)
+    streamed = max(travels.values()) * WEIGHTS_STREAMED
     kv = kv_cache_bytes(model, batch_size, batch_tokens, gen_len)
     kv_each = kv_cache_bytes(model, batch_size, batch_tokens, gen_len, num_gpus=t)
     gpu: dict[str, Any] = {
-        "dense_weights": model.dense_bytes / t,
-        "resident_experts": (model.streamed_bytes / t) * WEIGHTS_ON_GPU,
+        "dense_weights": (model.weight_bytes - whole) / t,
+        "resident_experts": (whole / t) * WEIGHTS_ON_GPU,
         "weight_buffers": (2 / t) * streamed,
         "hidden_states": batch_size * (model.hidden_bytes + 8.0),
         # Prompt ids and positions, lengths, generated ids; and the rotary table.
@@ -125,10 +133,10 @@ def footprint(
         "workspace": workspace_bytes(model, micro_batch_tokens, micro_batch_size),
     }
     cpu: dict[str, Any] = {
-        "streamed_experts": model.streamed_bytes * WEIGHTS_STREAMED,
+        "streamed_experts": whole * WEIGHTS_STREAMED,
         "kv_cache": kv * KV_STREAMED if attention_on_gpu else kv,
         "prompt_hidden_states": batch_tokens * model.hidden_bytes,
-        "pinned_pages": (PINNED_PAGES / num_micro_batches) * streamed,
+        "pinned_pages": _pinned_layers(traits, num_micro_batches) * streamed,
         "pinned_activations": ACTIVATION_SLOTS * activation_bytes(model, micro_batch_size)
         + micro_batch_tokens * model.kv_token_bytes,
     }
@@ -139,9 +147,15 @@ def footprint(
             model.kind_kv_token_bytes(kind) / kv_shards(model.kinds[kind].attention, t) for kind in set(model.order)
         )
         gpu["kv_buffers"] = (2 * (micro_batch_tokens + micro_batch_size * gen_len) * per_layer) * KV_STREAMED
+        if traits.stages_kv:
+            cpu["pinned_kv"] = gpu["kv_buffers"]
     if not ffn_on_gpu:
         widths = model.hidden_size + 2 * model.top_k * (model.hidden_size + 2 * model.intermediate_size)
         cpu["expert_workspace"] = micro_batch_size * widths * b
+        # States on their way to the CPU's experts with the choice of experts, and what the experts made of them.
+        choice = 12.0 * model.top_k
+        gpu["ffn_slots"] = ACTIVATION_SLOTS * micro_batch_size * (3 * model.hidden_bytes + choice)
+        cpu["ffn_slots"] = ACTIVATION_SLOTS * micro_batch_size * (2 * model.hidden_bytes + choice)
     return Footprint(gpu=gpu, cpu=cpu)
 
 
@@ -165,7 +179,14 @@ def kv_cache_bytes(model: MoEModel, batch_size: Any, batch_tokens: Any, gen_len:
     return total
 
 
-def batch_footprint(model: MoEModel, batch: BatchShape, weights_on_gpu: float) -> Footprint:
+def _pinned_layers(traits: System, num_micro_batches: Any) -> Any:
+    """Pinned memory for weights on their way, in layers' streamed parts."""
+    if traits.pinned_layers is not None:
+        return traits.pinned_layers
+    return PINNED_PAGES / num_micro_batches
+
+
+def batch_footprint(model: MoEModel, batch: BatchShape, policy: Policy, *, system: str = "moe-lightning") -> Footprint:
     """Memory of one batch with known prompt lengths: what the executor will allocate."""
     return footprint(
         model,
@@ -173,10 +194,13 @@ def batch_footprint(model: MoEModel, batch: BatchShape, weights_on_gpu: float) -
         micro_batch_size=max(batch.sequences),
         num_micro_batches=batch.num_micro_batches,
         micro_batch_tokens=max(batch.prompt_tokens),
-        batch_tokens=sum(batch.cached_tokens),
+        batch_tokens=sum(batch.prompt_tokens),
         longest_prompt=max(batch.longest),
         gen_len=batch.gen_len,
-    ).at(weights_on_gpu)
+        attention_on_gpu=policy.attention_on_gpu,
+        ffn_on_gpu=policy.ffn_on_gpu,
+        system=system,
+    ).at(policy.weights_on_gpu, policy.kv_on_gpu)
 
 
 def usable_bytes(hardware: Hardware) -> tuple[float, float]:

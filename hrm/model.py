@@ -282,6 +282,15 @@ class MoEModel:
         """Bytes of the routed experts of a layer of `kind`."""
         return self.kinds[kind].ffn.experts_parameters * self.expert_element_bytes
 
+    def kind_travelling_bytes(self, kind: int, *, dense: bool = False) -> float:
+        """Bytes of a layer's weights that may travel: its routed experts, with `dense` all matrices but norms."""
+        layer = self.kinds[kind]
+        size = self.kind_expert_bytes(kind)
+        if dense:
+            others = layer.attention.parameters + layer.ffn.shared_parameters + layer.ffn.router_parameters
+            size += others * self.dense_element_bytes
+        return size
+
     def kind_kv_token_bytes(self, kind: int) -> float:
         """Bytes of one token's keys and values in a layer of `kind`."""
         return self.kinds[kind].attention.kv_elements * self.kv_dtype_bytes

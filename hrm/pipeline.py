@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -12,7 +11,7 @@ from hrm.errors import InvalidValue
 from hrm.layers import Attention
 from hrm.model import MoEModel
 
-__all__ = ["ACTIVATION_SLOTS", "FFN_CHUNK_ROWS", "LOOKAHEAD", "PINNED_PAGES", "BatchShape", "length_blocks"]
+__all__ = ["ACTIVATION_SLOTS", "FFN_CHUNK_ROWS", "LOOKAHEAD", "PINNED_PAGES", "BatchShape"]
 
 LOOKAHEAD = 2
 """Micro-batches that PreAttn runs ahead of PostAttn (MoE-Lightning, Algorithm 1)."""
@@ -25,34 +24,6 @@ PINNED_PAGES = LOOKAHEAD + 2
 
 FFN_CHUNK_ROWS = 2048
 """Longest run of tokens that one expert takes at a time; bounds the workspace of prefill."""
-
-_BLOCK_RATIO = 0.75
-
-
-def length_blocks(lengths: Sequence[int]) -> list[tuple[int, int, int]]:
-    """Runs of sequences with similar lengths, each of which one attention call handles.
-
-    Parameters
-    ----------
-    lengths : sequence of int
-        Prompt lengths, longest first.
-
-    Returns
-    -------
-    list of (start, stop, longest)
-
-    Examples
-    --------
-    >>> length_blocks([100, 90, 40, 39])
-    [(0, 2, 100), (2, 4, 40)]
-    """
-    blocks: list[tuple[int, int, int]] = []
-    start = 0
-    for index in range(1, len(lengths) + 1):
-        if index == len(lengths) or lengths[index] < _BLOCK_RATIO * lengths[start]:
-            blocks.append((start, index, lengths[start]))
-            start = index
-    return blocks
 
 
 @dataclass(frozen=True)
@@ -106,16 +77,6 @@ class BatchShape:
     def longest(self) -> list[int]:
         """Longest prompt of each micro-batch."""
         return [x[0] for x in self.micro_batches]
-
-    @cached_property
-    def blocks(self) -> list[list[tuple[int, int, int]]]:
-        """Attention calls of each micro-batch, see `length_blocks`."""
-        return [length_blocks(x) for x in self.micro_batches]
-
-    @cached_property
-    def cached_tokens(self) -> list[int]:
-        """Prompt tokens that decode attention reads per micro-batch: each block at its longest."""
-        return [sum((stop - start) * n for start, stop, n in x) for x in self.blocks]
 
     @property
     def batch_size(self) -> int:

@@ -17,7 +17,6 @@ from hrm.hardware import Hardware, Rates
 from hrm.latency import contexts, decode_steps
 from hrm.memory import footprint, usable_bytes
 from hrm.model import MoEModel
-from hrm.pipeline import length_blocks
 from hrm.task_times import TaskTimes
 from hrm.terms import Phase, Placement, Sizes, decode_phase, prefill_phase
 from hrm.workload import Workload
@@ -140,11 +139,8 @@ def workload_footprint(
     mu, g = micro_batch_size, num_micro_batches
     n = mu * g if batch_size is None else batch_size
     tokens = prompt_tokens(workload, n)
-    cached, heaviest = tokens, np.maximum(np.ceil(tokens / n * mu), workload.prompt_max)
+    heaviest = np.maximum(np.ceil(tokens / n * mu), workload.prompt_max)
     if workload.prompt_lens and not workload.padded:
-        lens = sorted(workload.prompt_lens, reverse=True)
-        stored = sum((stop - start) * longest for start, stop, longest in length_blocks(lens))
-        cached = tokens * stored / sum(lens)
         heaviest = np.minimum(tokens / n * mu + workload.prompt_max, mu * workload.prompt_max)
     return footprint(
         model,
@@ -152,7 +148,7 @@ def workload_footprint(
         micro_batch_size=mu,
         num_micro_batches=g,
         micro_batch_tokens=heaviest,
-        batch_tokens=cached,
+        batch_tokens=tokens,
         longest_prompt=workload.prompt_max,
         gen_len=workload.gen_len,
         attention_on_gpu=place.attention_on_gpu,

@@ -114,6 +114,8 @@ class Rates:
     """Seconds that every exchange between GPUs costs beside its bytes."""
     peer_by_host: bool = False
     """Whether GPUs reach each other over their links to the host."""
+    stages_weights: bool = True
+    """Whether weights lie in pageable memory, so that the host copies them to pinned memory on their way."""
     staging_bandwidth: float
     """Bytes/s of the copy from pageable to pinned memory, alone."""
     kv_staging_bandwidth: float | None = None
@@ -180,7 +182,8 @@ class Rates:
         """What the kernels of a system attain on this machine.
 
         A system without rates of its own gets the machine's; attention that moves the KV cache several times
-        (`hrm.systems.System.kv_passes`) is as much slower.
+        (`hrm.systems.System.kv_passes`) is as much slower, unless the rates were measured here: this project's
+        executor runs all systems with the same kernels.
 
         Raises
         ------
@@ -188,7 +191,7 @@ class Rates:
             For an unknown system.
         """
         system, own = check_system(name), dict(self.systems.get(name, {}))
-        if system.kv_passes != 1 and "cpu_attention" not in own:
+        if system.kv_passes != 1 and "cpu_attention" not in own and self.provenance != "measured":
             own["cpu_attention"] = self.cpu_attention.scaled(1 / system.kv_passes)
         return replace(self, systems={}, **own)  # type: ignore[arg-type]
 

@@ -25,6 +25,10 @@ class System:
     """Weights of attention travel with the experts; otherwise they stay on the GPU."""
     pipeline_parallel: bool = False
     """Splits layers, not matrices, over several GPUs."""
+    stages_kv: bool = False
+    """The host copies KV on its way to the GPU to pinned memory first."""
+    pinned_layers: float | None = None
+    """Pinned memory for weights on their way, in layers; None: CGOPipe's ring of pages."""
     kv_passes: float = 1.0
     """Times that decode attention on the CPU moves the KV cache through memory."""
     source: str = ""
@@ -45,6 +49,8 @@ _ALL = (
         pads=True,
         streams_dense=True,
         pipeline_parallel=True,
+        stages_kv=True,
+        pinned_layers=2.0,
         source="FlexGen, arXiv 2303.06865, Algorithm 1",
     ),
     System(
@@ -54,6 +60,7 @@ _ALL = (
         pads=True,
         streams_dense=True,
         pipeline_parallel=True,
+        pinned_layers=2.0,
         # The float16 cache is converted to float32 each time: 2 bytes read, 4 written, 4 read.
         kv_passes=5.0,
         source="FlexGen with --cpu-cache-compute",
@@ -63,6 +70,7 @@ _ALL = (
         title="FastDecode-like",
         attention_on_gpu=False,
         pads=False,
+        pinned_layers=2.0,
         source="MoE-Lightning, Fig. 6 S2",
     ),
     System(
@@ -72,6 +80,7 @@ _ALL = (
         pads=True,
         single_batch=True,
         streams_dense=True,
+        pinned_layers=0.0,
         source="DeepSpeed ZeRO-Inference 0.14",
     ),
 )

@@ -142,12 +142,10 @@ class TaskTimes:
         share = 2 * (self.num_gpus - 1) / self.num_gpus
         return 2 * (self.rates.peer_s + share * tokens * self.model.hidden_bytes / self.rates.peer_bandwidth)
 
-    def cpu_attention(
-        self, sequences: Any, cached_tokens: Any, calls: Any = 1, layer: Layer | None = None, cross: bool = False
-    ) -> Any:
+    def cpu_attention(self, sequences: Any, cached_tokens: Any, layer: Layer | None = None, cross: bool = False) -> Any:
         """Decode attention of a micro-batch whose KV caches hold `cached_tokens` in all."""
         op = attention_core(self.model, sequences, cached_tokens / sequences, layer=layer, cross=cross)
-        return self.rates.task_s + calls * self.rates.cpu_task_s + operator_seconds(op, self.rates)
+        return self.rates.task_s + self.rates.cpu_task_s + operator_seconds(op, self.rates)
 
     def gpu_attention(self, sequences: Any, cached_tokens: Any, layer: Layer | None = None, cross: bool = False) -> Any:
         """Decode attention of a micro-batch on the GPU, with its KV there."""

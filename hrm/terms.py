@@ -119,7 +119,12 @@ def _copy_passes(rates: Rates) -> int:
 
 def _staged_passes(rates: Rates) -> int:
     """Times that a streamed byte passes CPU memory: read and written for staging, then the link's."""
-    return 2 + _copy_passes(rates)
+    return 2 * rates.stages_weights + _copy_passes(rates)
+
+
+def _staging_seconds(rates: Rates, streamed: Affine) -> Affine:
+    """Seconds of the copy to pinned memory; none where the weights lie there."""
+    return streamed / rates.staging_bandwidth if rates.stages_weights else 0.0 * streamed
 
 
 def _layers(times: TaskTimes, pairs: Mapping[tuple[int, int], int]) -> list[tuple[int, Layer, int, int]]:
@@ -215,14 +220,14 @@ def _decode_terms(
         terms[_cpu_name(place)] = g * cpu
         # Where the CPU takes part, Algorithm 1 keeps two micro-batches between PreAttn and PostAttn.
         terms["pipeline latency"] = (g / np.minimum(LOOKAHEAD, g)) * chain
-    if place.ffn_on_gpu and place.streams_weights:
-        terms["staging copy"] = streamed / rates.staging_bandwidth
+    if place.ffn_on_gpu and place.streams_weights and rates.stages_weights:
+        terms["staging copy"] = _staging_seconds(rates, streamed)
     traffic = _staged_passes(rates) * streamed + _copy_passes(rates) * (up_bytes + down_bytes) + cpu_reads
     terms["CPU memory"] = traffic / rates.dram_bandwidth
     if rates.cores is not None:
         copied = streamed + up_bytes + down_bytes
         copies = 0.0 * copied if rates.copy_bandwidth is None else copied / rates.copy_bandwidth
-        work = g * gpu + g * cpu + copies + streamed / rates.staging_bandwidth
+        work = g * gpu + g * cpu + copies + _staging_seconds(rates, streamed)
         terms["CPU cores"] = work / rates.cores.peak
     return terms, g * gpu
 
@@ -276,7 +281,8 @@ def prefill_phase(times: TaskTimes, sizes: Sizes, place: Placement, *, pairs: An
     if not encodes:
         extras["GPU"] = Affine(sizes.micro_batches * times.sample(sizes.micro_batch))
     if place.streams_weights:
-        load = first / min(rates.h2d_bandwidth, rates.staging_bandwidth)
+        slowest = min(rates.h2d_bandwidth, rates.staging_bandwidth) if rates.stages_weights else rates.h2d_bandwidth
+        load = first / slowest
         extras["link (CPU to GPU)"] = load * WEIGHTS_STREAMED
     return Phase(tuple(parts), extras=extras)
 
@@ -300,11 +306,11 @@ def _prefill_terms(
         "GPU": Affine(g * compute),
         "CPU memory": traffic / rates.dram_bandwidth,
     }
-    if place.streams_weights:
-        terms["staging copy"] = streamed / rates.staging_bandwidth
+    if place.streams_weights and rates.stages_weights:
+        terms["staging copy"] = _staging_seconds(rates, streamed)
     if rates.cores is not None:
         copied = streamed + g * (offloaded + 2 * hidden)
         copies = 0.0 * copied if rates.copy_bandwidth is None else copied / rates.copy_bandwidth
-        work = copies + streamed / rates.staging_bandwidth + g * compute
+        work = copies + _staging_seconds(rates, streamed) + g * compute
         terms["CPU cores"] = work / rates.cores.peak
     return terms

@@ -15,6 +15,7 @@ from hrm.operators import Operator, active_experts, kv_shards, post_attention, p
 from hrm.pipeline import BatchShape
 from hrm.systems import check_system
 from hrm.task_times import TaskTimes
+from simulator.expert_costs import expert_seconds, expert_work, seconds_elsewhere, work_elsewhere
 from simulator.task import OPS, Op, Schedule
 
 __all__ = ["WEIGHTS", "Costing", "Costs", "schedule_costs", "task_work"]
@@ -41,8 +42,8 @@ class Costs:
 
 _CONTEXTUAL = (Op.CPU_ATTN, Op.GPU_ATTN, Op.LOAD_KV, Op.STAGE_KV)
 """Tasks whose work grows with the context; all others are the same in every decode step."""
-_UP = (Op.LOAD_W, Op.LOAD_H, Op.LOAD_X, Op.LOAD_KV)
-_DOWN = (Op.OFFLOAD_QKV, Op.OFFLOAD_KV, Op.STORE_X, Op.STORE_KV)
+_UP = (Op.LOAD_W, Op.LOAD_H, Op.LOAD_X, Op.LOAD_KV, Op.LOAD_FFN)
+_DOWN = (Op.OFFLOAD_QKV, Op.OFFLOAD_KV, Op.STORE_X, Op.STORE_KV, Op.OFFLOAD_FFN)
 _STAGING = (Op.STAGE_W, Op.STAGE_KV)
 
 
@@ -66,7 +67,6 @@ class _Work:
         # With replicas, every GPU computes its share of the sequences.
         self.sequences, self.tokens = _column(batch.sequences) / replicas, _column(batch.prompt_tokens) / replicas
         self.pairs, self.longest = _column(batch.pairs) / replicas, _column(batch.longest)
-        self.cached = _column(batch.cached_tokens) / replicas
         self.kinds = np.array(model.order)[schedule.layer]
         self.kv_copies = kv_copies or {}
         self.replicas = replicas
@@ -81,7 +81,7 @@ class _Work:
 
     def context(self, part: np.ndarray, step: np.ndarray) -> np.ndarray:
         """Tokens in the KV cache of a micro-batch at a decode step, its new one included."""
-        return self.cached[part] + self.sequences[part] * step
+        return self.tokens[part] + self.sequences[part] * step
 
     def seen_tokens(self, layer: Layer, part: np.ndarray, step: np.ndarray) -> np.ndarray:
         """As `context`, cut by the layer's window."""
@@ -89,6 +89,16 @@ class _Work:
         if layer.attention.window is None:
             return found
         return np.minimum(found, self.sequences[part] * layer.attention.window)
+
+    def split_phases(self) -> list[tuple[np.ndarray, np.ndarray]]:
+        """Prefill, decode or both, where experts are computed where their weights lie: which tasks, and tokens."""
+        prompt, computed = self.schedule.step == 0, self.schedule.mask(Op.CPU_FFN)
+        phases = [(prompt, self.tokens), (~prompt, self.sequences)]
+        return [(phase, tokens) for phase, tokens in phases if (computed & phase).any()]
+
+    def resident(self, kind: int) -> float:
+        """r_w of a layer: the share of its experts that does not travel, nor lie on the host."""
+        return 1.0 - self.streamed[kind] / self.model.kind_expert_bytes(kind)
 
     def static(self) -> tuple[np.ndarray, np.ndarray]:
         """Bytes and FLOPs of all tasks but those that depend on the context, which get zero."""
@@ -131,6 +141,16 @@ class _Work:
             moved[tail] = kept[schedule.part[tail]] * kv
             for op in (Op.LOAD_W, Op.STAGE_W):
                 moved[schedule.mask(op) & of_kind] = self.streamed[kind] / schedule.num_pages
+            for phase, count in self.split_phases():
+                for op, (size, work) in expert_work(model, count, layer, self.resident(kind)).items():
+                    where = schedule.mask(op) & of_kind & phase
+                    moved[where], flops[where] = size[schedule.part[where]], work[schedule.part[where]]
+                read = {Op.PREFILL: attention.projection_parameters, Op.POST_ATTN: 0}
+                for op, parameters in read.items():
+                    where = schedule.mask(op) & of_kind & phase
+                    parameters += ffn.shared_parameters + ffn.router_parameters
+                    moved[where] = parameters * model.dense_element_bytes
+                    flops[where] -= work_elsewhere(model, count, layer)[schedule.part[where]]
         return moved, flops
 
     def contextual(self, ids: np.ndarray, steps: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -162,7 +182,12 @@ def _contextual_ids(schedule: Schedule) -> np.ndarray:
 
 
 def task_work(
-    schedule: Schedule, model: MoEModel, batch: BatchShape, *, streamed: float | dict[int, float]
+    schedule: Schedule,
+    model: MoEModel,
+    batch: BatchShape,
+    *,
+    streamed: float | dict[int, float],
+    kv_on_gpu: float = 0.0,
 ) -> tuple[np.ndarray, np.ndarray]:
     """Bytes that each task moves and FLOPs that it computes.
 
@@ -178,7 +203,7 @@ def task_work(
     -------
     bytes, flops : ndarray, length ``len(schedule)``
     """
-    work = _Work(schedule, model, batch, streamed=streamed)
+    work = _Work(schedule, model, batch, streamed=streamed, kv_on_gpu=kv_on_gpu)
     moved, flops = work.static()
     ids = _contextual_ids(schedule)
     moved[ids], flops[ids] = work.contextual(ids, schedule.step[ids])
@@ -189,12 +214,7 @@ def streamed_bytes(model: MoEModel, weights_on_gpu: float, *, dense: bool = Fals
     """Bytes of a layer's weights that travel, by kind of layer; with `dense`, those of attention too."""
     sizes = {}
     for kind in sorted(set(model.order)):
-        layer = model.kinds[kind]
-        size: float = model.kind_expert_bytes(kind)
-        if dense:
-            others = layer.attention.parameters + layer.ffn.shared_parameters + layer.ffn.router_parameters
-            size += others * model.dense_element_bytes
-        sizes[kind] = (1 - weights_on_gpu) * size
+        sizes[kind] = (1 - weights_on_gpu) * model.kind_travelling_bytes(kind, dense=dense)
     return sizes
 
 
@@ -257,7 +277,6 @@ class Costing:
             kv_copies=copies,
             replicas=replicas,
         )
-        self._calls = np.array([len(blocks) for blocks in batch.blocks], dtype=float)
         self._ids = _contextual_ids(schedule)
         moved, flops = self._work.static()
         seconds = self._static_seconds(moved)
@@ -318,14 +337,21 @@ class Costing:
             for op, values in per_part.items():
                 where = schedule.mask(op) & of_kind
                 seconds[where] = values[schedule.part[where]]
+            for phase, count in work.split_phases():
+                for op, values in expert_seconds(times, count, layer, work.resident(kind)).items():
+                    where = schedule.mask(op) & of_kind & phase
+                    seconds[where] = values[schedule.part[where]]
+                where = _any(schedule, (Op.PREFILL, Op.POST_ATTN)) & of_kind & phase
+                seconds[where] -= seconds_elsewhere(times, count, layer)[schedule.part[where]]
             kept = work.kept_tokens(layer) * model.kind_kv_token_bytes(kind) * work.kv_off_gpu
             where = schedule.mask(Op.OFFLOAD_KV) & of_kind
             kv = kept[schedule.part[where]]
             seconds[where] = times.offload_kv(moved[where] - kv, kv)
             where = schedule.mask(Op.STORE_KV) & of_kind & (schedule.step == 0)
             seconds[where] = times.offload_kv(0.0, moved[where])
-        up = _any(schedule, (Op.LOAD_W, Op.LOAD_H, Op.LOAD_X))
-        down = _any(schedule, (Op.OFFLOAD_QKV, Op.STORE_X)) | (schedule.mask(Op.STORE_KV) & (schedule.step > 0))
+        up = _any(schedule, (Op.LOAD_W, Op.LOAD_H, Op.LOAD_X, Op.LOAD_FFN))
+        down = _any(schedule, (Op.OFFLOAD_QKV, Op.STORE_X, Op.OFFLOAD_FFN))
+        down |= schedule.mask(Op.STORE_KV) & (schedule.step > 0)
         staging = schedule.mask(Op.STAGE_W)
         seconds[up], seconds[down] = times.h2d(moved[up]), times.d2h(moved[down])
         seconds[staging] = times.staging(moved[staging])
@@ -350,7 +376,7 @@ class Costing:
             if where.any():
                 p = part[where]
                 context = work.context(p, steps[where])
-                seconds[where] = times.cpu_attention(work.sequences[p], context, self._calls[p], layer=layer)
+                seconds[where] = times.cpu_attention(work.sequences[p], context, layer)
             where = (ops == Op.GPU_ATTN.code) & (kinds == kind)
             if where.any():
                 p = part[where]
@@ -369,7 +395,7 @@ class Costing:
         rates, schedule = self._rates, self._schedule
         ops = schedule.op[ids]
         copies, staging = _OF_UP[ops] | _OF_DOWN[ops], _OF_STAGING[ops]
-        attention = ops == Op.CPU_ATTN.code
+        on_cpu = _OF_CPU[ops]
         safe = np.where(seconds > 0, seconds, 1.0)
         dram = moved / safe
         # A copy by a core reads and writes CPU memory; a transfer by a GPU's copy engine only reads it.
@@ -377,7 +403,7 @@ class Costing:
         dram[copies] *= 2 if copies_by_core else 1
         dram[staging] *= 2
         if not copies_by_core:
-            dram[~(copies | staging | attention)] = 0.0
+            dram[~(copies | staging | on_cpu)] = 0.0
         # One task alone never runs slower than alone, whatever the capacity says.
         demands = {"dram": np.minimum(dram, rates.dram_bandwidth)}
         capacities: dict[str, float | Curve] = {"dram": rates.dram_bandwidth}
@@ -428,6 +454,7 @@ def _table(ops: tuple[Op, ...]) -> np.ndarray:
 
 
 _OF_UP, _OF_DOWN, _OF_STAGING = _table(_UP), _table(_DOWN), _table(_STAGING)
+_OF_CPU = _table((Op.CPU_ATTN, Op.CPU_FFN))
 WEIGHTS = _table((Op.LOAD_W, Op.STAGE_W))
 """Which task classes move weights, by code."""
 

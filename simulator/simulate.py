@@ -152,6 +152,7 @@ def simulate(
         system=system,
         num_gpus=num_gpus,
         weight_pieces=model.num_experts,
+        stages_weights=rates.stages_weights,
     )
     steps = batch.gen_len - 1
     options: dict[str, Any] = {

@@ -27,7 +27,7 @@ class Lane(Enum):
     GPU = "gpu"
     """Device compute."""
     CPU = "cpu"
-    """Host compute: attention beside the KV cache."""
+    """Host compute: attention beside the KV cache, experts beside their weights."""
     H2D = "h2d"
     """Link, host to device (D2 and D3 of MoE-Lightning)."""
     D2H = "d2h"
@@ -57,6 +57,16 @@ class Op(Enum):
     STORE_KV = "StoreKV"
     """New keys and values (in prefill: all of them), device to host."""
     POST_ATTN = "PostAttn"
+    OFFLOAD_FFN = "OffloadFFN"
+    """Normed hidden states and the tokens' choice of experts, device to host."""
+    CPU_FFN = "CPUFFN"
+    """Experts whose weights lie in host memory."""
+    GPU_FFN = "GPUFFN"
+    """Experts whose weights stay on the device, where others run on the CPU."""
+    LOAD_FFN = "LoadFFN"
+    """What the CPU's experts made, host to device."""
+    ADD_FFN = "AddFFN"
+    """Sum of what all experts made and the residual."""
     SAMPLE = "Sample"
     STORE_X = "StoreX"
     """Hidden states, device to host."""
@@ -87,6 +97,11 @@ _LANE_OF = {
     Op.GPU_ATTN: Lane.GPU,
     Op.STORE_KV: Lane.D2H,
     Op.POST_ATTN: Lane.GPU,
+    Op.OFFLOAD_FFN: Lane.D2H,
+    Op.CPU_FFN: Lane.CPU,
+    Op.GPU_FFN: Lane.GPU,
+    Op.LOAD_FFN: Lane.H2D,
+    Op.ADD_FFN: Lane.GPU,
     Op.SAMPLE: Lane.GPU,
     Op.STORE_X: Lane.D2H,
     Op.BARRIER: Lane.GPU,

@@ -23,6 +23,8 @@ _PINNED_SLOTS = {"overlapped": 2, "flexgen": None, "flexgen-c": None}
 """Slots of the pinned ring where they are not `PINNED_PAGES`; None: pinned memory is made anew for every copy."""
 _WEIGHT_SLOTS, _KV_SLOTS = 2, 2
 _COMPUTE_FIRST, _COMPUTE_LAST = (Op.PREFILL, Op.PRE_ATTN), (Op.PREFILL, Op.POST_ATTN)
+_EXPERTS = (Op.OFFLOAD_FFN, Op.CPU_FFN, Op.GPU_FFN, Op.LOAD_FFN, Op.ADD_FFN)
+"""What follows the last computation of a layer whose experts are tasks of their own."""
 
 
 def check_schedule(schedule: Schedule) -> None:
@@ -30,8 +32,8 @@ def check_schedule(schedule: Schedule) -> None:
 
     Checked are: that all tasks can run; that weights are staged, complete before they are read, and not overwritten
     while they are; that attention has its queries and its KV cache, and decoding the token before; that hidden states
-    are written before they are read; that slots of activations, KV and pinned memory are free before they are filled;
-    and that a barrier leaves nothing running beside it.
+    are written before they are read, and complete, where experts are tasks of their own; that slots of activations, KV
+    and pinned memory are free before they are filled; and that a barrier leaves nothing running beside it.
 
     Parameters
     ----------
@@ -57,6 +59,7 @@ def check_schedule(schedule: Schedule) -> None:
     if len(schedule):
         proof = _Proof(schedule)
         _check_data_flow(proof)
+        _check_experts(proof)
         _check_cache(proof)
         _check_hidden_states(proof)
         _check_weights(proof)
@@ -205,6 +208,7 @@ def _check_data_flow(proof: _Proof) -> None:
         (Op.STORE_KV, (Op.PRE_ATTN, Op.PREFILL)),
         (Op.OFFLOAD_KV, (Op.PREFILL,)),
         (Op.STORE_X, (Op.POST_ATTN, Op.PREFILL)),
+        (Op.OFFLOAD_FFN, (Op.POST_ATTN, Op.PREFILL)),
     ):
         ids = proof.of(op)
         proof.needs(ids, proof.at(ids, *sources), sources[0], "which makes what it moves")
@@ -215,9 +219,37 @@ def _check_data_flow(proof: _Proof) -> None:
         # With attention on the CPU what it attended comes up first.
         (Op.POST_ATTN, (Op.LOAD_H, Op.GPU_ATTN)),
         (Op.SAMPLE, (Op.POST_ATTN, Op.PREFILL)),
+        (Op.CPU_FFN, (Op.OFFLOAD_FFN,)),
+        (Op.GPU_FFN, (Op.POST_ATTN, Op.PREFILL)),
+        (Op.LOAD_FFN, (Op.CPU_FFN,)),
+        (Op.ADD_FFN, (Op.LOAD_FFN,)),
     ):
         ids = proof.of(op)
         proof.needs(ids, proof.at(ids, *sources), sources[-1], "whose result it reads")
+
+
+def _check_experts(proof: _Proof) -> None:
+    """Where experts are tasks of their own, none is missing, and what a layer makes is the sum of them all."""
+    tasks = proof.of(*_EXPERTS)
+    if not len(tasks):
+        return
+    split = np.isin(proof.step > 0, proof.step[tasks] > 0)  # of prefill and decode, one may be
+
+    def of(*ops: Op) -> np.ndarray:
+        ids = proof.of(*ops)
+        return ids[split[ids]]
+
+    why = "whose result it reads"
+    if len(of(Op.GPU_FFN)):
+        ids = of(Op.ADD_FFN)
+        proof.needs(ids, proof.at(ids, Op.GPU_FFN), Op.GPU_FFN, why)
+    ids = of(Op.OFFLOAD_KV, Op.STORE_X)
+    proof.needs(ids, proof.at(ids, Op.ADD_FFN), Op.ADD_FFN, "which makes what it moves")
+    ids = of(Op.SAMPLE)
+    proof.needs(ids, proof.at(ids, Op.ADD_FFN), Op.ADD_FFN, why)
+    ids = of(*_COMPUTE_FIRST)
+    ids = ids[proof.layer[ids] > 0]
+    proof.needs(ids, proof.at(ids, Op.ADD_FFN, layers=-1), Op.ADD_FFN, why)
 
 
 def _check_cache(proof: _Proof) -> None:
@@ -266,6 +298,8 @@ def _check_weights(proof: _Proof) -> None:
     if len(proof.of(Op.STAGE_W)):
         proof.needs(loads, proof.at(loads, Op.STAGE_W), Op.STAGE_W, "which stages what it moves")
     readers = proof.of(*_COMPUTE_LAST, *((Op.PRE_ATTN,) if schedule.name in _DENSE_TRAVELS else ()))
+    # Experts that are tasks of their own are computed where their weights lie.
+    readers = readers[proof.at(readers, Op.ADD_FFN) < 0]
     # In a pipeline of stages a layer's weights come again for every block of micro-batches.
     blocks = int(proof.part[loads].max()) // pages + 1
     if blocks > schedule.num_stages:
@@ -303,9 +337,16 @@ def _check_slots(proof: _Proof) -> None:
             for user in users:
                 proof.waits(filled, proof.at(early, user), why)
 
-    leaving = (Op.OFFLOAD_KV, Op.STORE_KV, Op.STORE_X, Op.PREFILL, Op.POST_ATTN, Op.SAMPLE)
+    leaving = (Op.OFFLOAD_KV, Op.STORE_KV, Op.STORE_X, Op.PREFILL, Op.POST_ATTN, Op.SAMPLE, Op.ADD_FFN)
+    experts: list[tuple[tuple[Op, ...], tuple[Op, ...]]] = [
+        ((Op.PREFILL, Op.POST_ATTN), (Op.OFFLOAD_FFN, Op.GPU_FFN)),
+        ((Op.OFFLOAD_FFN,), (Op.CPU_FFN,)),
+        ((Op.CPU_FFN,), (Op.LOAD_FFN,)),
+        ((Op.LOAD_FFN,), (Op.ADD_FFN,)),
+        ((Op.GPU_FFN,), (Op.ADD_FFN,)),
+    ]
     # Hidden states of a prompt come from the host or, in the first layer, from Prefill itself.
-    follows(proof.of(Op.PREFILL), ACTIVATION_SLOTS, [((Op.LOAD_X, Op.PREFILL), leaving)])
+    follows(proof.of(Op.PREFILL), ACTIVATION_SLOTS, [((Op.LOAD_X, Op.PREFILL), leaving), *experts])
     follows(
         proof.of(Op.PRE_ATTN),
         ACTIVATION_SLOTS,
@@ -315,6 +356,7 @@ def _check_slots(proof: _Proof) -> None:
             ((Op.OFFLOAD_QKV,), (Op.CPU_ATTN,)),
             ((Op.CPU_ATTN,), (Op.LOAD_H,)),
             ((Op.LOAD_H,), (Op.POST_ATTN,)),
+            *experts,
         ],
     )
     follows(proof.of(Op.GPU_ATTN), _KV_SLOTS, [((Op.LOAD_KV,), (Op.GPU_ATTN,))])

@@ -6,10 +6,11 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from hrm.errors import InvalidValue, NotBuiltYet
+from hrm.errors import InvalidValue
 from hrm.policy import Policy
 from hrm.systems import SYSTEMS, check_system
 from simulator.schedules.cgopipe import cgopipe
+from simulator.schedules.cpu_experts import cpu_experts
 from simulator.schedules.flexgen import flexgen
 from simulator.schedules.gpu_attention import gpu_attention
 from simulator.schedules.zero_inference import zero_inference
@@ -21,6 +22,7 @@ __all__ = [
     "build_schedule",
     "cgopipe",
     "check_buildable",
+    "cpu_experts",
     "flexgen",
     "gpu_attention",
     "schedule_builder",
@@ -33,8 +35,8 @@ def check_buildable(system: str, policy: Policy | None = None) -> None:
     found = check_system(system)
     if policy is None:
         return
-    if not policy.ffn_on_gpu:
-        raise NotBuiltYet("schedules with experts on the CPU are not built yet; use --ffn-on-gpu 1.")
+    if not policy.ffn_on_gpu and system != "moe-lightning":
+        raise InvalidValue(f"{system!r} computes all experts on the GPU; use --ffn-on-gpu 1 or --system moe-lightning.")
     if found.attention_on_gpu is not None and policy.attention_on_gpu != found.attention_on_gpu:
         place = "GPU" if found.attention_on_gpu else "CPU"
         raise InvalidValue(
@@ -69,6 +71,7 @@ def schedule_builder(
     system: str = "moe-lightning",
     num_gpus: int = 1,
     weight_pieces: int = 8,
+    stages_weights: bool = True,
 ) -> ScheduleFamily:
     """A system's schedule under a policy, for any number of decode steps.
 
@@ -84,11 +87,13 @@ def schedule_builder(
         GPUs: pipeline stages with FlexGen, tensor parallelism (which leaves the schedule as it is) otherwise.
     weight_pieces : int
         Tensors that FlexGen moves per layer.
+    stages_weights : bool
+        False where all weights lie in pinned memory (MoE-Lightning and FastDecode only; FlexGen always copies).
 
     Raises
     ------
-    InvalidValue, NotBuiltYet
-        For a policy that the system does not have, or a placement that is not built.
+    InvalidValue
+        For a policy that the system does not have.
     """
     check_buildable(system, policy)
     options: dict[str, Any] = {"num_layers": num_layers, "stream_weights": policy.weights_on_gpu < 1}
@@ -101,12 +106,20 @@ def schedule_builder(
             builder = flexgen
             options |= {"attention_on_gpu": policy.attention_on_gpu, "stream_kv": policy.kv_on_gpu < 1}
             options |= {"num_stages": min(num_gpus, num_layers), "weight_pieces": weight_pieces}
+        elif not policy.ffn_on_gpu and policy.weights_on_gpu < 1:
+            # With all experts on the GPU (r_w = 1) none is left for the CPU, whatever F_g says.
+            builder = cpu_experts
+            del options["stream_weights"]
+            options |= {"attention_on_gpu": policy.attention_on_gpu, "stream_kv": policy.kv_on_gpu < 1}
+            options |= {"resident": policy.weights_on_gpu > 0, "staged": stages_weights}
+            # A pass of all weights serves every prompt token at once: in prefill the GPU computes all experts.
+            options["stream_prefill"] = True
         elif policy.attention_on_gpu:
             builder = gpu_attention
-            options["stream_kv"] = policy.kv_on_gpu < 1
+            options |= {"stream_kv": policy.kv_on_gpu < 1, "staged": stages_weights}
         else:
             builder = cgopipe
-            options["paged"] = system != "fastdecode"
+            options |= {"paged": system != "fastdecode", "staged": stages_weights}
 
     return ScheduleFamily(builder, tuple(options.items()))
 
@@ -118,13 +131,13 @@ def build_schedule(
     gen_len: int,
     num_micro_batches: int | None = None,
     system: str = "moe-lightning",
-    num_gpus: int = 1,
+    **options: Any,
 ) -> Schedule:
     """The schedule of a run: prefill and ``gen_len - 1`` decode steps.
 
     Parameters
     ----------
-    num_layers, policy, num_micro_batches, system, num_gpus
+    num_layers, policy, num_micro_batches, system, **options
         As in `schedule_builder`.
     gen_len : int
         Tokens per request.
@@ -135,5 +148,5 @@ def build_schedule(
     >>> build_schedule(2, policy, gen_len=2, system="flexgen")
     <Schedule flexgen: 116 tasks, 2 layers, 2 micro-batches, 2 steps>
     """
-    build = schedule_builder(num_layers, policy, num_micro_batches=num_micro_batches, system=system, num_gpus=num_gpus)
+    build = schedule_builder(num_layers, policy, num_micro_batches=num_micro_batches, system=system, **options)
     return build(gen_len - 1)

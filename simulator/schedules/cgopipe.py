@@ -16,6 +16,7 @@ def cgopipe(
     num_micro_batches: int,
     decode_steps: int,
     stream_weights: bool = True,
+    staged: bool = True,
     paged: bool = True,
     prefill: bool = True,
     first_step: int = 1,
@@ -35,6 +36,8 @@ def cgopipe(
         Tokens per sequence after the first, which prefill yields.
     stream_weights : bool
         False if every expert stays on the GPU.
+    staged : bool
+        False where weights lie in pinned memory: they travel from there without a staging copy.
     paged : bool
         False: the next layer's weights travel in one piece, as in the FastDecode-like schedule S2 of Fig. 6, so
         that hidden states of the first micro-batches queue behind a whole layer of weights.
@@ -67,6 +70,7 @@ def cgopipe(
         pages=pages if stream_weights else 0,
         first_step=0 if prefill else first_step,
         num_visits=passes * num_layers,
+        staged=staged,
         **({} if paged else {"lookahead": 1, "ring": 2}),
     )
     weights.prologue()

@@ -23,6 +23,7 @@ def gpu_attention(
     num_micro_batches: int,
     decode_steps: int,
     stream_weights: bool = True,
+    staged: bool = True,
     stream_kv: bool = True,
     prefill: bool = True,
     first_step: int = 1,
@@ -37,7 +38,7 @@ def gpu_attention(
         Tokens per sequence after the first, which prefill yields.
     stream_kv : bool
         False if the whole KV cache stays on the GPU.
-    stream_weights, prefill, first_step
+    stream_weights, staged, prefill, first_step
         As in `cgopipe`.
 
     Returns
@@ -58,6 +59,7 @@ def gpu_attention(
         pages=parts if stream_weights else 0,
         first_step=0 if prefill else first_step,
         num_visits=passes * layers,
+        staged=staged,
     )
     weights.prologue()
     tokens: dict[int, int] = {}

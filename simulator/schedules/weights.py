@@ -23,18 +23,20 @@ class WeightStream:
         Step of visit 0, and number of layer visits in the schedule.
     lookahead, ring : int
         Pages that staging runs ahead of the link, and pages of the pinned ring.
+    staged : bool
+        False where weights lie in pinned memory, so that nothing has to be copied there first.
     """
 
     def __init__(
         self, builder: ScheduleBuilder, *, num_layers: int, pages: int, first_step: int, num_visits: int,
-        lookahead: int = LOOKAHEAD, ring: int = PINNED_PAGES,
+        lookahead: int = LOOKAHEAD, ring: int = PINNED_PAGES, staged: bool = True,
     ) -> None:  # fmt: skip
         self._builder = builder
         self._num_layers = num_layers
         self.pages = pages
         self._first_step = first_step
         self._total = num_visits * pages
-        self._lookahead, self._ring = lookahead, ring
+        self._lookahead, self._ring, self._stages = lookahead, ring, staged
         self._staged: list[int] = []
         self._loaded: list[int] = []
         self._last_reader: dict[int, int] = {}
@@ -61,7 +63,7 @@ class WeightStream:
             self._stage_until((visit + 1) * self.pages + part + self._lookahead)
 
     def _stage_until(self, index: int) -> None:
-        while len(self._staged) <= min(index, self._total - 1):
+        while self._stages and len(self._staged) <= min(index, self._total - 1):
             page = len(self._staged)
             # A slot of the pinned ring is free once the page that lay in it has travelled.
             deps = [self._loaded[page - self._ring]] if page >= self._ring else []
@@ -71,7 +73,7 @@ class WeightStream:
         if index >= self._total:
             return
         self._stage_until(index)
-        deps = [self._staged[index]]
+        deps = [self._staged[index]] if self._stages else []
         visit = index // self.pages
         if visit - 2 in self._last_reader:
             deps.append(self._last_reader[visit - 2])

@@ -15,10 +15,9 @@ import click
 import pytest
 
 from experiments.cli import main
-from experiments.options import PACED_LINK, OutFile
+from experiments.options import OutFile
 from hrm.catalog import load_hardware
 from hrm.errors import DoesNotFit, InvalidValue
-from hrm.units import parse_bandwidth
 
 L4 = ["--model", "mixtral-8x7b", "--hardware", "gcp-l4-1x", "--workload", "mtbench"]
 TINY = ["--model", "mixtral-tiny", "--hardware", "gcp-l4-1x", "--workload", "8,5"]
@@ -32,17 +31,6 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("checkpoint") / "tiny"
     assert main(["make-checkpoint", "--model", "mixtral-tiny", "--out", str(folder), "--json"]) == 0
     return folder
-
-
-@pytest.fixture
-def run(hrm: Any, checkpoint: Path) -> Any:
-    """Runs `hrm run` on the tiny checkpoint with a given policy."""
-
-    def call(*args: object) -> SimpleNamespace:
-        base = ("run", "--checkpoint", checkpoint, "--link-bandwidth", "none", "--device", "cpu", *GIVEN)
-        return hrm(*base, "--gen-len", 4, *args)
-
-    return call
 
 
 def test_start_up_imports_nothing_heavy() -> None:
@@ -102,7 +90,7 @@ def test_slower_link_lowers_the_prediction(hrm_json: Any) -> None:
         (["--batch-size", "4", "--micro-batch-size", "8"], "'micro_batch_size'"),
         (["--batch-size", "four"], "'four'"),
         (["--batch-size", "4", "--max-batch-size", "4"], "--max-batch-size"),
-        (["--system", "flexgen", "--ffn-on-gpu", "0"], "not built yet"),
+        (["--system", "flexgen", "--ffn-on-gpu", "0"], "computes all experts on the GPU"),
         (["--system", "flexgen", "--batch-size", "8", "--attention-on-gpu", "0"], "--attention-on-gpu 1"),
         (["--system", "deepspeed-zero", "--batch-size", "8", "--micro-batch-size", "2"], "no micro-batches"),
         (["--system", "flexgan"], "unknown system"),
@@ -142,10 +130,10 @@ def test_bad_options_are_one_line(refused: Any, command: str, options: list[str]
         ["--batch-size", "4", "--ffn-on-gpu", "0"],
     ],
 )
-def test_places_without_a_schedule_are_planned_not_simulated(hrm: Any, refused: Any, options: list[str]) -> None:
-    """The closed form knows experts on the CPU; the simulator says that it does not."""
+def test_experts_on_the_cpu_are_planned_and_simulated(hrm: Any, options: list[str]) -> None:
+    """The closed form and the simulator know experts on the CPU."""
     assert hrm("plan", *L4, *options).code == 0
-    assert "not built yet" in refused("simulate", *L4, *options)
+    assert hrm("simulate", *L4, *options, "--gen-len", 4).code == 0
 
 
 def test_the_papers_objective_refuses_other_places(refused: Any) -> None:
@@ -400,7 +388,48 @@ def test_compare_sets_a_timeline_beside_itself(hrm: Any, hrm_json: Any, tmp_path
     assert phases == sorted(phases, reverse=True)
     assert sum(row["tasks"] for row in result["tasks"]) == len(json.loads(file.read_text())["start"])
     assert figure.stat().st_size > 1000
-    assert "PostAttn" in hrm("compare", file, file).out
+    text = hrm("compare", file, file).out
+    assert "PostAttn" in text and "measured for a steady decode step on lane" in text
+
+
+def test_compare_has_the_keys_of_the_contract(hrm: Any, hrm_json: Any, tmp_path: Path) -> None:
+    """Scripts rely on these keys; idle time is the waits, and the items of the loss are the measured time."""
+    file = tmp_path / "l.json"
+    assert hrm("simulate", *TINY, *GIVEN, "--timeline", file).code == 0
+    result = hrm_json("compare", file, file)
+    assert set(result) == {"schedule", "tasks", "lanes", "totals", "idle", "waits", "loss"}
+    sides = {f"{side}_{key}" for side in ("predicted", "measured") for key in ("busy_s", "idle_s", "idle_share")}
+    assert set(result["idle"][0]) == {"window", "lane"} | sides
+    assert set(result["waits"][0]) == {
+        "window", "lane", "waited_for", "predicted_s", "measured_s", "difference_s",
+    }  # fmt: skip
+    assert {row["window"] for row in result["waits"]} == {"run", "steady"}
+    assert {row["difference_s"] for row in result["waits"]} == {0.0}
+    loss = result["loss"]
+    assert set(loss) == {
+        "lane", "stage", "window", "steps", "predicted_s", "measured_s", "limit_s", "items",
+    }  # fmt: skip
+    assert sum(item["measured_s"] for item in loss["items"]) == pytest.approx(loss["measured_s"])
+
+
+def test_compare_draws_both_timelines(hrm: Any, refused: Any, tmp_path: Path) -> None:
+    """The steps in the picture can be chosen; wrong ones are one line, and leave no picture."""
+    file, figure = tmp_path / "l.json", tmp_path / "g.png"
+    assert hrm("simulate", *TINY, *GIVEN, "--timeline", file).code == 0
+    for steps in ((), ("--steps", "1:3"), ("--steps", "0:0")):
+        assert hrm("compare", file, file, "--gantt", figure, *steps).code == 0
+        assert figure.read_bytes().startswith(b"\x89PNG")
+        figure.unlink()
+    for steps, message in (
+        ("3:9", "has no steps 3 to 9; it has steps 0 to 4"),
+        ("3", "write them like '3:4'"),
+        ("3:-1", "write them like '3:4'"),
+        ("9" * 30 + ":1", "write them like '3:4'"),
+        ("4:3", "ends before it begins"),
+    ):
+        assert message in refused("compare", file, file, "--gantt", figure, "--steps", steps)
+    assert "--gantt FILE" in refused("compare", file, file, "--steps", "1:2")
+    assert not figure.exists()
 
 
 def test_compare_refuses_what_cannot_be_compared(hrm: Any, refused: Any, tmp_path: Path) -> None:
@@ -435,127 +464,6 @@ def test_make_checkpoint_refuses(refused: Any, checkpoint: Path, tmp_path: Path)
     assert "not an empty folder" in refused(*make, checkpoint)
     assert "'hidden_size'" in refused(*make, tmp_path / "c", "--hidden", 98)
     assert "'dtype'" in refused(*make, tmp_path / "c", "--dtype", "int4")
-
-
-def test_run_reports_and_writes(run: Any, tmp_path: Path) -> None:
-    """A run writes one line per request and reports the keys of the contract."""
-    out, timeline = tmp_path / "o.jsonl", tmp_path / "l.json"
-    done = run("--random-prompts", "6,8", "--ignore-eos", "--out", out, "--timeline", timeline, "--json")
-    assert done.code == 0, done.err
-    result = json.loads(done.out)
-    assert {"throughput_tok_s", "prefill_s", "decode_s", "peak_memory", "utilization", "policy"} <= set(result)
-    assert (result["generated_tokens"], result["batches"]) == (24, 2)
-    assert (result["device"], result["link_bandwidth"]) == ("cpu", None)
-    lines = [json.loads(line) for line in out.read_text().splitlines()]
-    assert sorted(line["id"] for line in lines) == list(range(6))
-    assert all(len(line["output_ids"]) == 4 and line["text"] is None for line in lines)
-    assert json.loads(timeline.read_text())["source"] == "measured"
-
-
-def test_killed_run_resumes_to_the_same_outputs(run: Any, tmp_path: Path) -> None:
-    """After a kill, finished requests stay, the torn line goes, and the rest comes out as it would have."""
-    whole, cut = tmp_path / "whole.jsonl", tmp_path / "cut.jsonl"
-    assert run("--random-prompts", "6,8", "--out", whole).code == 0
-    lines = whole.read_text().splitlines(keepends=True)
-    cut.write_text("".join(lines[:2]) + lines[2][:20])
-    done = run("--random-prompts", "6,8", "--out", cut, "--resume", "--json")
-    assert json.loads(done.out)["skipped"] == 2
-    assert sorted(cut.read_text().splitlines()) == sorted(whole.read_text().splitlines())
-    again = run("--random-prompts", "6,8", "--out", cut, "--resume")
-    assert again.code == 0 and "nothing left to do" in again.out
-
-
-def test_existing_outputs_are_not_touched(run: Any, tmp_path: Path) -> None:
-    """Without --resume a file with content is refused, and a file of another kind always."""
-    out = tmp_path / "o.jsonl"
-    out.write_text("notes of mine")
-    for options, words in (([], "--resume"), (["--resume"], "another --out")):
-        done = run("--random-prompts", "2,4", "--out", out, *options)
-        assert done.code == 2 and words in done.err
-    assert out.read_text() == "notes of mine"
-
-
-@pytest.mark.parametrize(
-    ("line", "words"),
-    [
-        ("{", "not JSON"),
-        ("[1]", "not a JSON object"),
-        ('{"prompt_ids": [1]}', "'id'"),
-        ('{"id": "b"}', "'prompt_ids' or 'prompt'"),
-        ('{"id": "b", "prompt": "hello"}', "no tokenizer"),
-        ('{"id": "b", "prompt_ids": [1, 2.5]}', "whole numbers"),
-        ('{"id": "b", "prompt_ids": [true]}', "whole numbers"),
-        ('{"id": "b", "prompt_ids": []}', "empty"),
-        ('{"id": "b", "prompt_ids": [256]}', "0..255"),
-        ('{"id": "a", "prompt_ids": [1]}', "line 1 already"),
-        (json.dumps({"id": "b", "prompt_ids": [1] * 600}), "512 positions"),
-    ],
-)
-def test_malformed_prompts_name_the_line(run: Any, tmp_path: Path, line: str, words: str) -> None:
-    """The file and the line number stand in the message; blank lines count but do not matter."""
-    file, out = tmp_path / "p.jsonl", tmp_path / "o.jsonl"
-    file.write_text(f'{{"id": "a", "prompt_ids": [1, 2]}}\n\n{line}\n')
-    done = run("--prompts", file, "--out", out)
-    assert done.code == 2 and done.err.count("\n") == 1
-    assert "p.jsonl', line 3" in done.err and words in done.err
-    assert not out.exists()
-
-
-def test_text_prompts_go_through_the_checkpoints_tokenizer(hrm: Any, checkpoint: Path, tmp_path: Path) -> None:
-    """With a tokenizer beside the weights, text goes in and text comes out."""
-    tokenizers = pytest.importorskip("tokenizers")
-    folder = tmp_path / "with-tokenizer"
-    folder.mkdir()
-    for file in checkpoint.iterdir():
-        (folder / file.name).symlink_to(file)
-    words = tokenizers.models.WordLevel({f"w{i}": i for i in range(256)}, unk_token="w0")
-    tokenizer = tokenizers.Tokenizer(words)
-    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
-    tokenizer.save(str(folder / "tokenizer.json"))
-    (folder / "tokenizer_config.json").write_text('{"tokenizer_class": "PreTrainedTokenizerFast"}')
-    prompts, out = tmp_path / "p.jsonl", tmp_path / "o.jsonl"
-    prompts.write_text('{"id": "a", "prompt": "w1 w2 w3"}\n{"id": "b", "prompt_ids": [1, 2, 3]}\n')
-    done = hrm(
-        "run", "--checkpoint", folder, "--prompts", prompts, "--gen-len", 3, "--batch-size", 2,
-        "--ignore-eos", "--device", "cpu", "--out", out,
-    )  # fmt: skip
-    assert done.code == 0, done.err
-    assert "paced to 2 GB/s (no GPU: stand-in for PCIe)" in done.out
-    first, second = (json.loads(line) for line in out.read_text().splitlines())
-    assert first["output_ids"] == second["output_ids"]
-    assert first["text"].split() == [f"w{i}" for i in first["output_ids"]]
-
-
-def test_run_needs_its_arguments(run: Any, hrm: Any, tmp_path: Path) -> None:
-    """Prompts from nowhere or twice, a checkpoint that is none, and too small a device are one line each."""
-    for args, words, code in (
-        ((), "--prompts", 2),
-        (("--random-prompts", "3"), "'16,128'", 2),
-        (("--random-prompts", "3,4", "--resume"), "--out", 2),
-        (("--random-prompts", "3,600"), "512 positions", 2),
-        (("--random-prompts", "3,4", "--system", "fastdecode"), "does not run", 2),
-        (("--random-prompts", "3,4", "--device-memory", "1MiB"), "device memory", 3),
-    ):
-        done = run(*args)
-        assert done.code == code and done.err.count("\n") == 1 and words in done.err
-    done = hrm("run", "--checkpoint", tmp_path / "none", "--random-prompts", "1,1", "--gen-len", 1)
-    assert done.code == 2 and "is not a folder" in done.err
-
-
-def test_policy_is_planned_from_a_hardware_file(hrm: Any, checkpoint: Path) -> None:
-    """Without policy options the planner decides, here for a machine of the catalog."""
-    done = hrm(
-        "run", "--checkpoint", checkpoint, "--random-prompts", "4,6", "--gen-len", 2,
-        "--hardware", "cpu-2core", "--device", "cpu", "--link-bandwidth", "none", "--json",
-    )  # fmt: skip
-    assert done.code == 0, done.err
-    assert json.loads(done.out)["policy"]["batch_size"] <= 4
-
-
-def test_default_link_pace_is_the_executors() -> None:
-    """The pace shown in the help is the one that the executor uses on its own."""
-    generate = pytest.importorskip("executor.generate", exc_type=ImportError)
-    assert parse_bandwidth(PACED_LINK) == generate.DEFAULT_LINK_BANDWIDTH
 
 
 def test_probe_writes_what_plan_reads(hrm: Any, hrm_json: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

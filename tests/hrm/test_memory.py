@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hrm import BatchShape, Hardware, MoEModel, catalog
+from hrm import BatchShape, Hardware, MoEModel, Policy, catalog
 from hrm.errors import DoesNotFit
 from hrm.memory import Footprint, batch_footprint, check_fits, footprint, usable_bytes
 from hrm.pipeline import ACTIVATION_SLOTS, activation_bytes, prefill_slot_bytes
@@ -20,7 +20,8 @@ L4 = Hardware.from_catalog("gcp-l4-1x")
 
 def need(n: int = 64, mu: int = 16, r_w: float = 0.1, prompt: int = 100, gen_len: int = 8) -> Footprint:
     """The footprint of a batch of equal prompts."""
-    return batch_footprint(MIXTRAL, BatchShape.uniform(n, mu, prompt, gen_len), r_w)
+    policy = Policy(batch_size=n, micro_batch_size=mu, weights_on_gpu=r_w)
+    return batch_footprint(MIXTRAL, BatchShape.uniform(n, mu, prompt, gen_len), policy)
 
 
 def test_weights_lie_somewhere() -> None:
@@ -107,7 +108,7 @@ def test_experts_on_the_cpu_need_room_to_compute() -> None:
     memory, usual = placed(ffn_on_gpu=False), placed()
     assert memory.cpu["expert_workspace"] == 16 * (4096 + 2 * 2 * (4096 + 2 * 14336)) * 2
     assert "expert_workspace" not in usual.cpu
-    assert memory.gpu == usual.gpu
+    assert {**usual.gpu, "ffn_slots": 3 * 16 * (3 * 4096 * 2 + 12 * 2)} == memory.gpu
 
 
 def test_gpus_divide_weights_and_caches() -> None:
@@ -210,7 +211,7 @@ def test_plain_form_adds_up() -> None:
 def test_unequal_prompts_are_sized_by_the_heaviest_micro_batch() -> None:
     """Prefill slots hold the micro-batch with the most prompt tokens, decode slots the largest one."""
     batch = BatchShape(((500,), (100, 100, 50)), 4)
-    gpu = batch_footprint(MIXTRAL, batch, 0.0).gpu
+    gpu = batch_footprint(MIXTRAL, batch, Policy(batch_size=4, micro_batch_size=3)).gpu
     assert gpu["prefill_slots"] == ACTIVATION_SLOTS * prefill_slot_bytes(MIXTRAL, 500)
     assert gpu["decode_slots"] == ACTIVATION_SLOTS * activation_bytes(MIXTRAL, 3)
 

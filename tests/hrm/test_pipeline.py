@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
-
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -15,7 +13,6 @@ from hrm.pipeline import (
     LOOKAHEAD,
     PINNED_PAGES,
     activation_bytes,
-    length_blocks,
     page_bytes,
     prefill_slot_bytes,
     workspace_bytes,
@@ -23,30 +20,6 @@ from hrm.pipeline import (
 
 MIXTRAL = MoEModel.from_catalog("mixtral-8x7b")
 descending = st.lists(st.integers(1, 3000), min_size=1, max_size=40).map(lambda x: tuple(sorted(x, reverse=True)))
-
-
-@given(descending)
-def test_blocks_tile_the_micro_batch(lengths) -> None:
-    """Blocks follow each other without gap or overlap and each carries its longest length."""
-    blocks = length_blocks(lengths)
-    assert [i for start, stop, _ in blocks for i in range(start, stop)] == list(range(len(lengths)))
-    assert all(longest == max(lengths[start:stop]) for start, stop, longest in blocks)
-
-
-@given(descending)
-def test_blocks_waste_at_most_a_quarter(lengths) -> None:
-    """Within a block no length is under three quarters of the longest, and neighbours could not be merged."""
-    blocks = length_blocks(lengths)
-    for _, stop, longest in blocks:
-        assert lengths[stop - 1] >= 0.75 * longest
-    for (_, _, longest), (start, _, _) in itertools.pairwise(blocks):
-        assert lengths[start] < 0.75 * longest
-
-
-def test_equal_lengths_are_one_block() -> None:
-    """A padded micro-batch takes one attention call; an empty one none."""
-    assert length_blocks([64] * 10) == [(0, 10, 64)]
-    assert length_blocks([]) == []
 
 
 @given(st.lists(descending, min_size=1, max_size=5), st.integers(1, 64))
@@ -58,8 +31,6 @@ def test_shape_totals(parts, gen_len: int) -> None:
     assert shape.prompt_tokens == [sum(part) for part in parts]
     assert shape.longest == [max(part) for part in parts]
     assert shape.pairs == [sum(sum(range(1, s + 1)) for s in part) for part in parts]
-    for tokens, cached in zip(shape.prompt_tokens, shape.cached_tokens, strict=True):
-        assert tokens <= cached <= tokens / 0.75
 
 
 @given(st.integers(1, 200), st.integers(1, 50), st.integers(1, 100))

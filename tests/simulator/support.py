@@ -9,10 +9,10 @@ import numpy as np
 from hypothesis import strategies as st
 
 from simulator.costs import Costs
-from simulator.schedules import cgopipe, flexgen, gpu_attention, zero_inference
+from simulator.schedules import cgopipe, cpu_experts, flexgen, gpu_attention, zero_inference
 from simulator.task import Schedule
 
-FAMILIES = ("cgopipe", "overlapped", "gpu-attention", "flexgen", "flexgen-c", "zero-inference")
+FAMILIES = ("cgopipe", "overlapped", "gpu-attention", "cpu-experts", "flexgen", "flexgen-c", "zero-inference")
 """All schedules by the names that they carry."""
 
 
@@ -47,6 +47,10 @@ def families(draw, *names: str) -> Callable[..., Schedule]:
     options["stream_kv"] = draw(st.booleans())
     if name == "gpu-attention":
         return partial(gpu_attention, **options)
+    if name == "cpu-experts":
+        del options["stream_weights"]
+        places = ("attention_on_gpu", "resident", "stream_prefill")
+        return partial(cpu_experts, **{place: draw(st.booleans()) for place in places}, **options)
     return partial(
         flexgen,
         attention_on_gpu=name == "flexgen",

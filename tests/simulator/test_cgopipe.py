@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hrm import Policy
-from hrm.errors import InvalidValue, NotBuiltYet, UnknownName
+from hrm.errors import InvalidValue, UnknownName
 from hrm.pipeline import ACTIVATION_SLOTS, PINNED_PAGES
 from simulator.engine import play
 from simulator.schedules import SYSTEMS, build_schedule, cgopipe
@@ -386,12 +386,6 @@ def test_a_policy_that_contradicts_its_system_is_refused(system: str, options: d
     """A placement that a system does not have is refused with the option that would do."""
     with pytest.raises(InvalidValue, match=message):
         build_schedule(2, Policy(batch_size=2, micro_batch_size=1, **options), gen_len=2, system=system)
-
-
-def test_experts_on_the_cpu_are_refused() -> None:
-    """A placement that has no schedule yet is refused."""
-    with pytest.raises(NotBuiltYet, match="experts on the CPU are not built yet"):
-        build_schedule(2, Policy(batch_size=2, micro_batch_size=1, ffn_on_gpu=False), gen_len=2)
 
 
 def test_an_unknown_system_is_refused() -> None:

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hrm import BatchShape, Hardware, MoEModel, Policy, Workload, evaluate, plan
-from hrm.errors import NotBuiltYet, UnknownName
+from hrm.errors import UnknownName
 from simulator.schedules import SYSTEMS, build_schedule
 from simulator.simulate import simulate, simulate_schedule
 from simulator.task import Op
@@ -199,13 +199,6 @@ def test_a_kernel_of_another_system_takes_its_own_time() -> None:
     )
     seconds = [(x.end - x.start)[x.schedule.mask(Op.CPU_ATTN)].sum() for x in (slow, fast)]
     assert seconds[0] == pytest.approx(5 * seconds[1], rel=0.01)
-
-
-def test_experts_on_the_cpu_are_refused() -> None:
-    """A placement without a schedule is not simulated either."""
-    policy = Policy(batch_size=2, micro_batch_size=1, ffn_on_gpu=False)
-    with pytest.raises(NotBuiltYet, match="experts on the CPU"):
-        simulate(SHALLOW, RATES, policy, BatchShape.uniform(2, 1, 5, 2))
 
 
 @pytest.mark.parametrize("system", ["flexgen", "flexgen-c"])

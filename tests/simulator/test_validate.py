@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from hrm.errors import InvalidSchedule
 from simulator.engine import play
-from simulator.schedules import cgopipe, flexgen, gpu_attention, zero_inference
+from simulator.schedules import cgopipe, cpu_experts, flexgen, gpu_attention, zero_inference
 from simulator.task import Op, Schedule
 from simulator.validate import check_schedule, happens_before
 from tests.simulator.support import any_schedules, costs, random_seconds, story
@@ -111,6 +111,7 @@ KV = gpu_attention(num_layers=2, num_micro_batches=3, decode_steps=2)
 RESIDENT_KV = gpu_attention(num_layers=2, num_micro_batches=3, decode_steps=2, stream_kv=False)
 SMALL_KV = gpu_attention(num_layers=1, num_micro_batches=3, decode_steps=2, prefill=False)
 ZERO = zero_inference(num_layers=2, decode_steps=1)
+EXPERTS = cpu_experts(num_layers=2, num_micro_batches=3, decode_steps=2)
 
 
 @pytest.mark.parametrize(
@@ -132,6 +133,12 @@ ZERO = zero_inference(num_layers=2, decode_steps=1)
         (SMALL_KV, "LoadKV(2,0,1)", "StoreKV(1,0,1)", "which writes keys and values that it reads"),
         (SMALL_KV, "PreAttn(2,0,1)", "StoreKV(1,0,1)", "which still uses the slot that it fills"),
         (SMALL_KV, "LoadKV(2,0,0)", "GPUAttn(1,0,1)", "which still uses the slot that it fills"),
+        (EXPERTS, "OffloadFFN(0,1,1)", "Prefill(0,1,1)", "which makes what it moves"),
+        (EXPERTS, "OffloadFFN(1,1,1)", "PostAttn(1,1,1)", "which makes what it moves"),
+        (EXPERTS, "CPUFFN(1,1,1)", "OffloadFFN(1,1,1)", "whose result it reads"),
+        (EXPERTS, "LoadFFN(1,1,1)", "CPUFFN(1,1,1)", "whose result it reads"),
+        (EXPERTS, "AddFFN(1,1,1)", "LoadFFN(1,1,1)", "whose result it reads"),
+        (EXPERTS, "OffloadKV(0,0,1)", "AddFFN(0,0,1)", "which makes what it moves"),
         (ZERO, "PreAttn(1,0,0)", "WPinToG(1,0,0)", "which brings weights that it reads"),
         (ZERO, "WPinToG(1,0,0)", "Prefill(0,0,0)", "which reads the weights that it overwrites"),
     ],
@@ -203,6 +210,13 @@ def test_a_barrier_leaves_nothing_beside_it() -> None:
             "OffloadKV(0,1,1)",
             "CPUAttn(1,1,1) has no OffloadKV to wait for, which writes keys and values that it reads.",
         ),
+        (EXPERTS, "OffloadFFN(1,0,1)", "CPUFFN(1,0,1) has no OffloadFFN to wait for, whose result it reads."),
+        (EXPERTS, "CPUFFN(1,0,1)", "LoadFFN(1,0,1) has no CPUFFN to wait for, whose result it reads."),
+        (EXPERTS, "GPUFFN(1,0,1)", "AddFFN(1,0,1) has no GPUFFN to wait for, whose result it reads."),
+        (EXPERTS, "LoadFFN(1,0,1)", "AddFFN(1,0,1) has no LoadFFN to wait for, whose result it reads."),
+        (EXPERTS, "AddFFN(1,0,1)", "PreAttn(1,1,1) has no AddFFN to wait for, whose result it reads."),
+        (EXPERTS, "AddFFN(0,0,1)", "OffloadKV(0,0,1) has no AddFFN to wait for, which makes what it moves."),
+        (EXPERTS, "AddFFN(1,1,1)", "Sample(1,1,1) has no AddFFN to wait for, whose result it reads."),
         (FLEXGEN, "StoreX(1,0,1)", "LoadX(1,1,1) has no StoreX to wait for, which writes hidden states that it reads."),
         (CGOPIPE, "Sample(1,1,1)", "PreAttn(2,0,1) has no Sample to wait for, which chooses the token it reads."),
         (ZERO, "PostAttn(1,0,0)", "PreAttn(1,1,0) has no PostAttn to wait for, whose result it reads."),
