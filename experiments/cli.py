@@ -11,26 +11,25 @@ from typing import Any
 import click
 
 from experiments.calibrating import calibrate_command
+from experiments.comparing import compare_command
+from experiments.jobs import run_command
 from experiments.listing import hardware_command, models_command, workloads_command
 from experiments.options import (
-    FIGURES,
     Capacity,
-    OutFile,
     executor_needed,
     json_option,
     paced_link_option,
 )
-from experiments.output import emit, save_figure
+from experiments.output import emit
 from experiments.planning import plan_command, roofline_command, simulate_command, sweep_command
 from experiments.reproducing import reproduce_command
-from experiments.running import make_checkpoint_command, probe_command, run_command
-from hrm.errors import HrmError, InvalidSchedule, NotBuiltYet
+from experiments.running import make_checkpoint_command, probe_command
+from hrm.errors import HrmError, NotBuiltYet
 
 __all__ = ["cli", "main"]
 
 _INTERRUPTED = 130
 _BROKEN_PIPE = 141
-_FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
 
 
 @click.group(
@@ -83,28 +82,6 @@ def _fail(message: str, code: int) -> int:
 
 
 # -- predictions against measurements ------------------------------------------------------------------
-
-
-@cli.command("compare")
-@click.argument("predicted", type=_FILE)
-@click.argument("measured", type=_FILE)
-@click.option("--out", type=OutFile(FIGURES), help="Draw the seconds of each task class.")
-@json_option
-def compare_command(predicted: Path, measured: Path, out: Path | None, as_json: bool) -> None:
-    """Set two timelines side by side, by task class and by lane."""
-    from simulator import Timeline
-    from simulator.compare import compare
-
-    timelines = []
-    for path in (predicted, measured):
-        try:
-            timelines.append(Timeline.load(path))
-        except (KeyError, TypeError, AttributeError) as error:
-            raise InvalidSchedule(f"timeline {str(path)!r} is damaged: {error!r}.") from None
-    comparison = compare(*timelines)
-    if out:
-        save_figure(out, lambda ax: comparison.plot(ax=ax))
-    emit(comparison.to_dict(), lambda: str(comparison), as_json=as_json)
 
 
 @cli.command("validate")
@@ -160,6 +137,7 @@ _COMMANDS = (
     probe_command,
     make_checkpoint_command,
     run_command,
+    compare_command,
 )
 for _command in _COMMANDS:
     cli.add_command(_command)

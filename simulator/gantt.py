@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from hrm.errors import InvalidValue
+from hrm.units import format_seconds
 from simulator.task import LANES, OPS, Lane, Op, Schedule
 from simulator.timeline import Timeline
 
@@ -16,20 +17,33 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-__all__ = ["gantt", "gantt_pair", "gantt_stack", "layer_window", "steady_window"]
+__all__ = [
+    "gantt",
+    "gantt_pair",
+    "gantt_stack",
+    "layer_window",
+    "steady_steps",
+    "steady_window",
+    "step_window",
+]
 
 _COLOURS = {
     Op.PRE_ATTN: "#6baed6",
     Op.GPU_ATTN: "#17becf",
     Op.POST_ATTN: "#1f4e79",
+    Op.GPU_FFN: "#2ca02c",
+    Op.ADD_FFN: "#bcbd22",
     Op.SAMPLE: "#9467bd",
     Op.PREFILL: "#3f51b5",
     Op.CPU_ATTN: "#f58518",
+    Op.CPU_FFN: "#a63603",
     Op.LOAD_W: "#54a24b",
     Op.LOAD_H: "#d62fa5",
+    Op.LOAD_FFN: "#ff9da6",
     Op.LOAD_X: "#8c564b",
     Op.LOAD_KV: "#e3ba22",
     Op.OFFLOAD_QKV: "#e45756",
+    Op.OFFLOAD_FFN: "#fdae6b",
     Op.OFFLOAD_KV: "#b22222",
     Op.STORE_KV: "#b22222",
     Op.STORE_X: "#c49c94",
@@ -98,6 +112,7 @@ def gantt(
     inside = (timeline.end > first) & (timeline.start < last)
     start = (np.clip(timeline.start, first, last) - first) * scale
     width = (np.clip(timeline.end, first, last) - first) * scale - start
+    least = _EDGE_WIDTH * (last - first) * scale
     odd = schedule.part % 2 == 1
     barrier = schedule.mask(Op.BARRIER) & (timeline.start >= first) & (timeline.start <= last)
     for row, queue in enumerate(rows):
@@ -116,7 +131,8 @@ def gantt(
                         height=0.8,
                         color=_COLOURS[op],
                         alpha=0.65 if is_odd else 1.0,
-                        edgecolor="white",
+                        # A white edge parts bars that touch, but would hide those that are hardly wider than it.
+                        edgecolor=np.where(width[tasks] > least, "white", _COLOURS[op]).tolist(),
                         linewidth=0.4,
                     )
         if numbers:
@@ -137,6 +153,8 @@ def gantt(
     return ax
 
 
+_EDGE_WIDTH = 0.002
+"""Share of the axis that a bar must have for an edge of another colour."""
 _NUMBER_WIDTH = 0.012
 """Share of the axis that a bar must have for a number."""
 
@@ -240,19 +258,139 @@ def gantt_stack(
     return figure
 
 
-def gantt_pair(predicted: Timeline, measured: Timeline, *, layers: int = 3, title: str = "") -> Figure:
-    """Prediction above measurement, both from the same task of decode, on one scale of time."""
+def steady_steps(timeline: Timeline, count: int = 2) -> tuple[int, int] | None:
+    """First and last of so many steps in the middle of steady decode, or of as many as there are.
+
+    A run without decode gives its only step; None where no task says when a step is over.
+    """
+    steps = timeline.steady_steps() or sorted(timeline.step_ends())
+    skipped = max(0, (len(steps) - count) // 2)
+    chosen = steps[skipped : skipped + count]
+    return (chosen[0], chosen[-1]) if chosen else None
+
+
+def step_window(timeline: Timeline, first: int, last: int) -> tuple[float, float]:
+    """From the end of the step before step `first` to the end of step `last`; 0 is prefill.
+
+    Returns
+    -------
+    begin, end : float
+        Seconds.
+
+    Raises
+    ------
+    InvalidValue
+        If the run has no such steps; the message says which it has.
+    """
+    ends = timeline.step_ends()
+    if first not in ends or last not in ends or first > last:
+        known = f"it has steps {min(ends)} to {max(ends)}" if ends else "no task says when a step is over"
+        raise InvalidValue(f"the {timeline.source} run has no steps {first} to {last}; {known}, 0 being prefill.")
+    return max((end for step, end in ends.items() if step < first), default=0.0), ends[last]
+
+
+def gantt_pair(
+    predicted: Timeline,
+    measured: Timeline,
+    *,
+    layers: int = 3,
+    steps: tuple[int, int] | None = None,
+    title: str = "",
+    figure: Figure | None = None,
+) -> Figure:
+    """Prediction above measurement on one scale of time, both from the same moment of the run.
+
+    Beside them stands, per task class, by how many seconds its tasks took longer than predicted: all tasks of the
+    steps shown. Dashed lines mark the ends of steps.
+
+    Parameters
+    ----------
+    predicted, measured : Timeline
+        Of one schedule.
+    layers : int
+        Show about so many layers in the middle of decode, unless `steps` are given.
+    steps : tuple of int, optional
+        First and last step to show, both included; 0 is prefill.
+    title : str
+        Above the figure.
+    figure : Figure, optional
+        Where to draw, empty; a new one by default.
+
+    Raises
+    ------
+    InvalidValue
+        If a run has no such steps.
+    """
     import matplotlib.pyplot as plt
 
-    figure, (top, bottom) = plt.subplots(2, 1, figsize=(12, 5.2), sharex=True, layout="constrained")
-    windows = [steady_window(t, layers=layers) for t in (predicted, measured)]
-    length = float(np.max([last - first for first, last in windows]))
-    for ax, timeline, (first, _) in zip((top, bottom), (predicted, measured), windows, strict=True):
-        gantt(timeline, ax, first=first, last=first + length)
+    pair = (predicted, measured)
+    windows = [steady_window(t, layers=layers) if steps is None else step_window(t, *steps) for t in pair]
+    length = max(last - first for first, last in windows) or 1e-9
+    rows = len(_rows(predicted.schedule))
+    size = (14.0, 2.2 + 0.56 * rows)
+    if figure is None:
+        figure = plt.figure(figsize=size, layout="constrained")
+    else:
+        figure.set_size_inches(*size)
+    grid = figure.add_gridspec(2, 2, width_ratios=(4.2, 1))
+    top = figure.add_subplot(grid[0, 0])
+    bottom = figure.add_subplot(grid[1, 0], sharex=top)
+    codes: set[int] = set()
+    for ax, timeline, (first, last) in zip((top, bottom), pair, windows, strict=True):
+        gantt(timeline, ax, first=first, last=first + length, legend=False)
+        scale = 1e3 if length < 10 else 1.0
+        for end in timeline.step_ends().values():
+            if first < end <= first + length:
+                ax.axvline((end - first) * scale, color="crimson", linestyle="--", linewidth=1.0)
         busy = timeline.decode_utilization()
         shares = ", ".join(f"{_ROWS[lane]} {busy[lane.value]:.0%}" for lane in LANES)
-        ax.set_title(f"{timeline.source}   busy in steady decode: {shares}", loc="left", fontsize=9)
+        shown = "" if steps is None else f"{_name_steps(steps)}: {format_seconds(last - first)}   "
+        ax.set_title(f"{timeline.source}   {shown}busy in steady decode: {shares}", loc="left", fontsize=9)
+        codes |= set(timeline.schedule.op[(timeline.end > first) & (timeline.start < first + length)].tolist())
     top.set_xlabel("")
+    top.tick_params(axis="x", labelbottom=False)
+    _differences(figure.add_subplot(grid[:, 1]), predicted, measured, steps or steady_steps(predicted, 1))
+    handles = _handles(codes)
+    figure.legend(handles=handles, loc="outside lower center", ncols=max(1, len(handles)), fontsize=8, frameon=False)
     if title:
         figure.suptitle(title, fontsize=11)
     return figure
+
+
+def _name_steps(steps: tuple[int, int]) -> str:
+    return f"step {steps[0]}" if steps[0] == steps[1] else f"steps {steps[0]} to {steps[1]}"
+
+
+def _differences(ax: Axes, predicted: Timeline, measured: Timeline, steps: tuple[int, int] | None) -> None:
+    """Bars of measured minus predicted seconds by task class, summed over all tasks of the steps."""
+    totals = []
+    for timeline in (predicted, measured):
+        step = timeline.schedule.step
+        inside = np.ones(len(step), dtype=bool) if steps is None else (step >= steps[0]) & (step <= steps[1])
+        seconds = (timeline.end - timeline.start)[inside]
+        totals.append(np.bincount(timeline.schedule.op[inside], weights=seconds, minlength=len(OPS)))
+    present = [op for op in OPS if totals[0][op.code] or totals[1][op.code]]
+    changes = np.array([totals[1][op.code] - totals[0][op.code] for op in present])
+    least = 1e-9 * float(np.max(totals))
+    changes[np.abs(changes) <= least] = 0.0  # rounding
+    reach = float(np.abs(changes).max(initial=0.0))
+    scale, unit = (1e3, "ms") if reach < 1 else (1.0, "s")
+    ax.barh(range(len(present)), changes * scale, color=[_COLOURS[op] for op in present], height=0.7)
+    for row, (op, change) in enumerate(zip(present, changes, strict=True)):
+        before = totals[0][op.code]
+        share = f"{change / before:+.0%}" if before else "new"
+        text = f" {change * scale:+.3g} ({share}) "
+        ax.text(change * scale, row, text, va="center", ha="left" if change >= 0 else "right", fontsize=7.5)
+    # Room for the numbers on both sides, since a bar may point either way.
+    low, high = (float(f(changes, initial=0.0)) * scale for f in (np.min, np.max))
+    room = (high - low) or 1.0
+    ax.set_xlim(low - (room if low < 0 else 0.05 * room), high + (room if high > 0 else 0.05 * room))
+    ax.set_yticks(range(len(present)), [op.value for op in present], fontsize=8)
+    ax.set_ylim(max(len(present), 1) - 0.5, -0.5)
+    ax.axvline(0.0, color="black", linewidth=0.8)
+    ax.set_xlabel(f"measured - predicted ({unit})", fontsize=8)
+    ax.tick_params(axis="x", labelsize=8)
+    which = "all tasks" if steps is None else f"all tasks of {_name_steps(steps)}"
+    ax.set_title(f"difference, {which}", loc="left", fontsize=9)
+    for side in ("top", "right"):
+        ax.spines[side].set_visible(False)

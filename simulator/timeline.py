@@ -67,13 +67,26 @@ class Timeline:
         """Busy fraction of each lane over the whole run."""
         return self.window(0.0, self.makespan) if self.makespan > 0 else {lane.value: 0.0 for lane in LANES}
 
-    def decode_utilization(self) -> dict[str, float]:
-        """Busy fraction of each lane in steady decode: all steps but the first and the last."""
+    def steady_steps(self) -> list[int]:
+        """The steps of `decode_window`: all decode steps but the first and the last; of fewer than three, all."""
+        steps = sorted(self.step_ends())
+        return steps[2:-1] if len(steps) >= 4 else steps[1:]
+
+    def decode_window(self) -> tuple[float, float]:
+        """First and last second of steady decode: all steps but the first and the last.
+
+        With fewer than three decode steps from the end of prefill to the end, without decode the whole run.
+        """
         ends = self.step_ends()
         steps = sorted(ends)
         if len(steps) >= 4:
-            return self.window(ends[steps[1]], ends[steps[-2]])
-        return self.window(ends[steps[0]], self.makespan) if len(steps) > 1 else self.utilization()
+            return ends[steps[1]], ends[steps[-2]]
+        return (ends[steps[0]] if len(steps) > 1 else 0.0), self.makespan
+
+    def decode_utilization(self) -> dict[str, float]:
+        """Busy fraction of each lane in steady decode: all steps but the first and the last."""
+        first, last = self.decode_window()
+        return self.window(first, last) if last > first else {lane.value: 0.0 for lane in LANES}
 
     def waits(
         self, lane: Lane = Lane.GPU, *, first: float = 0.0, last: float | None = None, stage: int = 0
@@ -105,15 +118,18 @@ class Timeline:
             tasks = np.flatnonzero(queues == queue)
             before[tasks[1:]] = tasks[:-1]
         mine = np.flatnonzero((schedule.lane == LANES.index(lane)) & (schedule.stage == stage))
+        # The latest end so far: measured tasks of one lane may overlap, and a gap is a time when none of them ran.
+        ended = np.concatenate([[-np.inf], np.maximum.accumulate(self.end[mine])[:-1]]) if len(mine) else mine
+        opening, closing = np.maximum(first, ended), np.minimum(last, self.start[mine])
+        gaps = np.flatnonzero(closing > opening)
         spent: dict[str, float] = {}
 
         def charge(what: str, seconds: float) -> None:
             if seconds > 0:
                 spent[what] = spent.get(what, 0.0) + seconds
 
-        for task in mine:
-            opens = max(first, float(self.end[before[task]]) if before[task] >= 0 else first)
-            closes, current = min(last, float(self.start[task])), int(task)
+        for task, opens, closes in zip(mine[gaps], opening[gaps].tolist(), closing[gaps].tolist(), strict=True):
+            current = int(task)
             while closes > opens:
                 causes = [int(d) for d in schedule.deps[schedule.dep_start[current] : schedule.dep_start[current + 1]]]
                 causes += [int(before[current])] if before[current] >= 0 else []

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import matplotlib.pyplot as plt
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 
 from hrm.errors import InvalidValue
 from simulator.engine import play
-from simulator.gantt import _COLOURS, gantt, gantt_pair, gantt_stack, layer_window
+from simulator.gantt import _COLOURS, gantt, gantt_pair, gantt_stack, layer_window, steady_steps, step_window
 from simulator.schedules import cgopipe, flexgen, zero_inference
 from simulator.task import LANES, OPS, Lane, Op, Schedule
 from simulator.timeline import Timeline
@@ -91,11 +94,90 @@ def test_a_stack_shares_the_scale_and_marks_the_layers() -> None:
     plt.close("all")
 
 
-def test_a_pair_has_two_panels() -> None:
-    """Prediction above measurement."""
-    timeline = played(cgopipe(num_layers=2, num_micro_batches=2, decode_steps=4))
-    assert len(gantt_pair(timeline, timeline, title="twice").axes) == 2
+def even(schedule: Schedule) -> Timeline:
+    """Every task takes a second."""
+    none = np.zeros(len(schedule))
+    return Timeline(schedule, *play(schedule, costs(none + 1.0)), none, none)
+
+
+def slower(timeline: Timeline, op: Op, seconds: float) -> Timeline:
+    """The same schedule with so many seconds more for each task of a class."""
+    spent = timeline.end - timeline.start + seconds * timeline.schedule.mask(op)
+    start, end = play(timeline.schedule, costs(spent))
+    return replace(timeline, start=start, end=end, source="measured")
+
+
+def test_a_pair_has_panels_on_one_scale() -> None:
+    """Prediction above measurement, each from the end of the step before, as long as the longer one takes."""
+    schedule = cgopipe(num_layers=2, num_micro_batches=2, decode_steps=4)
+    predicted = even(schedule)
+    measured = slower(predicted, Op.POST_ATTN, 2.0)
+    figure = gantt_pair(predicted, measured, steps=(2, 3), title="twice")
+    top, bottom, beside = figure.axes
+    first, last = step_window(measured, 2, 3)
+    ends = measured.step_ends()
+    assert (first, last) == (ends[1], ends[3])
+    assert top.get_xlim() == bottom.get_xlim()
+    unit = 1e3 if last - first < 10 else 1.0
+    assert top.get_xlim()[1] == pytest.approx(unit * (last - first))
+    assert top.get_title(loc="left").startswith("simulated   steps 2 to 3: ")
+    assert bottom.get_title(loc="left").startswith("measured   steps 2 to 3: ")
+    assert beside.get_title(loc="left") == "difference, all tasks of steps 2 to 3"
     plt.close("all")
+
+
+@pytest.mark.parametrize("extra", [0.002, -0.5, 3.0])
+def test_bars_beside_a_pair_are_the_differences(extra: float) -> None:
+    """Of the classes in the steps only the slower one has a bar, as long as its tasks' seconds more or less."""
+    schedule = cgopipe(num_layers=2, num_micro_batches=2, decode_steps=4)
+    predicted = even(schedule)
+    measured = slower(predicted, Op.CPU_ATTN, extra)
+    ax = gantt_pair(predicted, measured, steps=(2, 2)).axes[2]
+    tasks = int((schedule.mask(Op.CPU_ATTN) & (schedule.step == 2)).sum())
+    unit = 1e3 if abs(tasks * extra) < 1 else 1.0
+    bars = dict(zip(rows(ax), [bar.get_width() for bar in ax.patches], strict=True))  # type: ignore[attr-defined]
+    assert bars.pop("CPUAttn") == pytest.approx(unit * tasks * extra)
+    assert set(bars) >= {"WCtoPin", "WPinToG", "PostAttn"} and not any(bars.values())
+    low, high = ax.get_xlim()
+    assert low < min(0.0, unit * tasks * extra) and high > max(0.0, unit * tasks * extra)
+    plt.close("all")
+
+
+@given(any_schedules(), st.integers(0, 2**32 - 1))
+@settings(deadline=None, max_examples=10)
+def test_any_pair_can_be_drawn(schedule: Schedule, seed: int) -> None:
+    """Every schedule's steady steps, or its only step, on a figure of the caller's."""
+    predicted, measured = played(schedule, seed), played(schedule, seed + 1)
+    figure = Figure(layout="constrained")
+    assert gantt_pair(predicted, measured, steps=steady_steps(predicted), figure=figure) is figure
+    assert len(figure.axes) == 3
+    assert len(gantt_pair(predicted, measured).axes) == 3
+    plt.close("all")
+
+
+@pytest.mark.parametrize(
+    ("decode_steps", "count", "expected"),
+    [(0, 2, (0, 0)), (1, 2, (1, 1)), (3, 2, (2, 2)), (9, 2, (4, 5)), (9, 3, (4, 6))],
+)
+def test_steady_steps_are_in_the_middle(decode_steps: int, count: int, expected: tuple[int, int]) -> None:
+    """Neither the first nor the last step of decode where there are others."""
+    timeline = played(cgopipe(num_layers=1, num_micro_batches=1, decode_steps=decode_steps))
+    assert steady_steps(timeline, count) == expected
+
+
+def test_window_of_steps() -> None:
+    """From the end of the step before; prefill begins at zero, and steps that the run has not are refused."""
+    timeline = played(cgopipe(num_layers=1, num_micro_batches=2, decode_steps=2))
+    ends = timeline.step_ends()
+    assert step_window(timeline, 0, 1) == (0.0, ends[1])
+    assert step_window(timeline, 2, 2) == (ends[1], ends[2])
+    for first, last in ((2, 3), (2, 1)):
+        with pytest.raises(InvalidValue, match=f"no steps {first} to {last}; it has steps 0 to 2"):
+            step_window(timeline, first, last)
+    without = story("PreAttn(1,0,0) @gpu")
+    with pytest.raises(InvalidValue, match="no task says when a step is over"):
+        step_window(played(without), 1, 1)
+    assert steady_steps(played(without)) is None
 
 
 def test_window_of_layers() -> None:
@@ -138,6 +220,14 @@ def test_what_nothing_ran_for_is_told() -> None:
     none = np.zeros(2)
     timeline = Timeline(schedule, np.array([1.0, 4.0]), np.array([3.0, 5.0]), none, none)
     assert timeline.waits() == {"nothing": 2.0}
+
+
+def test_overlapping_tasks_leave_no_gap() -> None:
+    """Where tasks of one lane overlap, as clocks may say, a gap opens when the last of them has ended."""
+    schedule = story("PreAttn(1,0,0) @gpu\nGPUAttn(1,0,0) @gpu\nPostAttn(1,0,0) @gpu")
+    none = np.zeros(3)
+    timeline = Timeline(schedule, np.array([0.0, 1, 6]), np.array([5.0, 2, 7]), none, none)
+    assert timeline.waits() == {"nothing": 1.0}
 
 
 @given(any_schedules(), st.integers(0, 2**32 - 1))
