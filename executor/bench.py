@@ -14,8 +14,9 @@ import torch
 import torch.nn.functional as F
 
 from executor.checkpoint import TORCH_DTYPES
-from executor.families import dispatch_probe
-from executor.kernels import ExpertWeights, causal_attention, decode_attention, moe_ffn
+from executor.cpu_attention import decode_attention
+from executor.device_attention import device_attention
+from executor.kernels import ExpertWeights, causal_attention, moe_ffn
 from executor.lanes import PacedLink, lane_threads, run_lanes, yield_to_copies
 from executor.machine import machine_facts, ram_bytes
 from hrm.errors import DoesNotFit
@@ -179,7 +180,7 @@ class Bench:
         def call() -> Any:
             state["next"] += 1
             turn = state["next"]
-            return moe_ffn(x, choices[turn % len(choices)], weight, layers[turn % len(layers)], F.silu)
+            return moe_ffn(x, choices[turn % len(choices)], weight, layers[turn % len(layers)], _gated)
 
         return call
 
@@ -209,19 +210,32 @@ class Bench:
             flops[s] = 4 * n * s * (s + 1) / 2 * m.q_size
         return calls, flops
 
-    def attention_call(self, sequences: int, context: int) -> Call:
-        """CPU decode attention, new token appended."""
-        m = self.model
-        take = self.views(2, sequences, m.num_kv_heads, context + 1, m.head_dim, host=True)
-        q = self.random(sequences, m.num_heads, m.head_dim, device=_HOST)
-        new = self.random(sequences, m.num_kv_heads, m.head_dim, device=_HOST)
-        out = torch.empty_like(q)
+    def attention_call(self, sequences: int, context: int, *, host: bool = True) -> Call:
+        """Decode attention, new rows appended, on the CPU or on the device."""
+        a = self.model.main_layer.attention
+        device = _HOST if host else self.device
+        room = context + 1
+        take = self.views(sequences * room, a.kv_elements, host=host)
+        q = self.random(sequences, a.query_size, device=device)
+        new = self.random(sequences, a.kv_elements, device=device)
+        out = self.random(sequences, a.attended_size, device=device)
+        starts = torch.arange(sequences) * room
+        lengths = torch.full((sequences,), context)
+        rows = (starts + context - 1).to(device)
+        kernel = device_attention if device.type == "cuda" else decode_attention
+        latent = a.kv_rank is not None
 
         def call() -> None:
-            k, v = take()
-            k[:, :, context - 1].copy_(new)
-            v[:, :, context - 1].copy_(new)
-            decode_attention(q, k[:, :, :context], v[:, :, :context], None, out)
+            arena = take()
+            arena[rows] = new
+            kernel(
+                q, arena, starts, lengths, out,
+                num_kv_heads=1 if latent else a.num_kv_heads,
+                key_dim=a.kv_elements if latent else a.head_dim,
+                value_dim=a.kv_rank if a.kv_rank is not None else a.value_dim,
+                value_offset=0 if latent else a.num_kv_heads * a.head_dim,
+                scale=a.head_dim**-0.5,
+            )  # fmt: skip
 
         return call
 
@@ -272,7 +286,7 @@ class Bench:
         self.calls: dict[Key, Call] = {("gemm", k): v for k, v in self.gemm_calls().items()}
         self.calls |= {("experts", k): v for k, v in experts.items()}
         self.calls |= {("causal", k): v for k, v in causal.items()}
-        self.calls[("dispatch", 0)] = dispatch_probe(self.device, self.dtype)
+        self.calls[("dispatch", 0)] = _dispatch_probe(self.device, self.dtype)
         self.calls[("read", 0)] = self.pool.sum
         self.host_calls: dict[Key, Call] = {("attention", k): v for k, v in attention.items()}
         self.host_calls[("attention call", 0)] = self.attention_call(1, 1)
@@ -341,8 +355,7 @@ class Bench:
                 points.append((float(size), amount / max(t - minus, t / 2)))
             return Curve(tuple(points))
 
-        # The timed call projects and rotates; it does not pack.
-        launches = sum(op.launches for op in pre_attention(m, 1) if op.name != "pack_qkv")
+        launches = sum(op.launches for op in pre_attention(m, 1))
         per_call = spent["attention call", 0]
         gemm = curve("gemm", {rows: 2.0 * rows * m.hidden_size * m.q_size for rows in _ROWS})
         experts = curve("experts", self.expert_flops)
@@ -420,3 +433,29 @@ class Bench:
             facts=facts,
             shared_memory=not self.cuda,
         )
+
+
+def _gated(gate_up: torch.Tensor) -> torch.Tensor:
+    gate, up = gate_up.chunk(2, dim=-1)
+    return F.silu(gate).mul_(up)
+
+
+def _dispatch_probe(device: torch.device, dtype: torch.dtype) -> Call:
+    """A PreAttn too small to compute anything: what its operators cost to be called at all."""
+    from transformers import MixtralConfig
+
+    from executor.families import family_of
+
+    config = {
+        "model_type": "mixtral", "hidden_size": 16, "intermediate_size": 16, "num_attention_heads": 2,
+        "num_key_value_heads": 1, "head_dim": 8, "num_local_experts": 2, "num_experts_per_tok": 1, "vocab_size": 16,
+        "num_hidden_layers": 1, "max_position_embeddings": 16,
+    }  # fmt: skip
+    model = MoEModel.from_config(config, name="dispatch")
+    family = family_of(model, MixtralConfig(**{k: v for k, v in config.items() if k != "model_type"}))
+    tensors = {name: torch.zeros(shape, device=device, dtype=dtype) for name, shape in family.dense_shapes(0).items()}
+    layer = family.build_layer(0, tensors)
+    hidden = torch.zeros(1, 16, device=device, dtype=dtype)
+    turn = [torch.ones(1, 8, device=device, dtype=dtype)] * 2
+    queries, cached = hidden.new_zeros(1, 16), hidden.new_zeros(1, 16)
+    return lambda: layer.decode_inputs(hidden, turn, queries, cached)

@@ -2,6 +2,7 @@
 
 Both layouts of transformers 5 are read: per-expert tensors under the hub's names (what
 ``save_pretrained`` writes) and stacked ``gate_up_proj`` / ``down_proj`` (what modules hold).
+Where each tensor lies, the model's family knows (`executor.families`).
 """
 
 from __future__ import annotations
@@ -20,14 +21,12 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
+from executor.families import WHOLE, Family, Shard, family_of
 from hrm.errors import CheckpointError, InvalidConfig, InvalidValue
 from hrm.model import MoEModel
 from hrm.units import format_bytes
 
-__all__ = ["RUNNABLE_ARCHITECTURES", "TORCH_DTYPES", "Checkpoint", "make_checkpoint"]
-
-RUNNABLE_ARCHITECTURES = ("mixtral",)
-"""Values of ``model_type`` that `executor.families` has layers for."""
+__all__ = ["TORCH_DTYPES", "Checkpoint", "make_checkpoint"]
 
 TORCH_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _FILE_DTYPES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
@@ -79,17 +78,22 @@ class Checkpoint:
     config: Any
     """transformers' config object."""
     entries: Mapping[str, _Entry] = field(repr=False)
-    stacked: bool
-    """Whether experts are stored stacked (else one tensor per expert and matrix)."""
+    family: Family = field(repr=False)
 
     @classmethod
-    def open(cls, path: str | Path) -> Checkpoint:
+    def open(cls, path: str | Path, *, shard: Shard = WHOLE) -> Checkpoint:
         """Open a checkpoint folder.
+
+        Parameters
+        ----------
+        shard : Shard
+            The part that is read, under tensor parallelism.
 
         Raises
         ------
         CheckpointError
-            If a file or tensor is missing, truncated, or has another shape or type than its neighbours.
+            If a file or tensor is missing, truncated, or has another shape or type than its neighbours, or if
+            weights are quantised.
         InvalidConfig
             If the config is of an unsupported architecture or has unknown keys.
         """
@@ -98,14 +102,15 @@ class Checkpoint:
             raise CheckpointError(f"checkpoint {str(path)!r} is not a folder.")
         if not (path / "config.json").exists():
             raise CheckpointError(f"checkpoint {str(path)!r} has no config.json.")
-        model = _runnable(MoEModel.from_file(path))
-        if model.sliding_window is not None and model.sliding_window < model.max_positions:
-            raise InvalidConfig(f"'sliding_window' of {model.name!r} is not run by this version; set it to null.")
+        model = MoEModel.from_file(path)
+        if model.expert_weight_bytes is not None:
+            raise _quantised(path, _quantisation(path))
+        family = family_of(model, _transformers_config(path), shard)
         entries: dict[str, _Entry] = {}
         for file in cls._files(path):
             entries |= _read_header(file)
-        stacked = "model.layers.0.mlp.experts.gate_up_proj" in entries
-        checkpoint = cls(path, model, _transformers_config(path), entries, stacked)
+        family.stacked = family.stacked_marker() in entries
+        checkpoint = cls(path, model, family.config, entries, family)
         checkpoint._check()
         return checkpoint
 
@@ -122,17 +127,22 @@ class Checkpoint:
         raise CheckpointError(f"checkpoint {str(path)!r} has neither {_SINGLE} nor {_INDEX}.")
 
     def _check(self) -> None:
-        dtypes = set()
+        dtypes: set[str] = set()
         for name, shape in self.expected().items():
             entry = self.entries.get(name)
             if entry is None:
+                if f"{name}_blocks" in self.entries:
+                    raise _quantised(self.path, "mxfp4")
                 raise CheckpointError(f"checkpoint {str(self.path)!r} lacks the tensor {name!r}.")
             if entry.shape != shape:
                 raise CheckpointError(
                     f"tensor {name!r} of {str(self.path)!r} has shape {list(entry.shape)}, "
                     f"the config says {list(shape)}."
                 )
-            dtypes.add(entry.dtype)
+            if not (entry.dtype == "float32" and name.endswith(self.family.float32_names)):
+                dtypes.add(entry.dtype)
+        if any(dtype.startswith("F8") for dtype in dtypes):
+            raise _quantised(self.path, "fp8")
         if len(dtypes) != 1 or not dtypes <= set(TORCH_DTYPES):
             raise CheckpointError(
                 f"checkpoint {str(self.path)!r} holds tensors of type {', '.join(sorted(dtypes))}; "
@@ -145,42 +155,12 @@ class Checkpoint:
 
     def expected(self) -> dict[str, tuple[int, ...]]:
         """Name and shape of every tensor that the executor reads."""
-        m = self.model
-        h, i, e = m.hidden_size, m.intermediate_size, m.num_experts
-        shapes: dict[str, tuple[int, ...]] = {
-            "model.embed_tokens.weight": (m.vocab_size, h),
-            "model.norm.weight": (h,),
-        }
-        if not m.tie_embeddings:
-            shapes["lm_head.weight"] = (m.vocab_size, h)
-        for layer in range(m.num_layers):
-            prefix = f"model.layers.{layer}."
-            shapes[prefix + "input_layernorm.weight"] = (h,)
-            shapes[prefix + "post_attention_layernorm.weight"] = (h,)
-            shapes[prefix + "self_attn.q_proj.weight"] = (m.q_size, h)
-            shapes[prefix + "self_attn.k_proj.weight"] = (m.kv_size, h)
-            shapes[prefix + "self_attn.v_proj.weight"] = (m.kv_size, h)
-            shapes[prefix + "self_attn.o_proj.weight"] = (h, m.q_size)
-            shapes[self.gate_name(layer)] = (e, h)
-            if self.stacked:
-                shapes[prefix + "mlp.experts.gate_up_proj"] = (e, 2 * i, h)
-                shapes[prefix + "mlp.experts.down_proj"] = (e, h, i)
-            else:
-                for expert in range(e):
-                    w1, w3, w2 = self._expert_names(layer, expert)
-                    shapes |= {w1: (i, h), w3: (i, h), w2: (h, i)}
-        return shapes
+        return {name: shape for group in _groups(self.family).values() for name, shape in group.items()}
 
-    def gate_name(self, layer: int) -> str:
-        """Name of a layer's router weight."""
-        block = "mlp" if self.stacked else "block_sparse_moe"
-        return f"model.layers.{layer}.{block}.gate.weight"
-
-    @staticmethod
-    def _expert_names(layer: int, expert: int) -> tuple[str, str, str]:
-        """Gate, up and down matrix of one expert under the hub's names."""
-        prefix = f"model.layers.{layer}.block_sparse_moe.experts.{expert}."
-        return prefix + "w1.weight", prefix + "w3.weight", prefix + "w2.weight"
+    @property
+    def local(self) -> MoEModel:
+        """Shapes of the part that this process reads: the whole model without tensor parallelism."""
+        return self.family.local
 
     @property
     def dtype(self) -> torch.dtype:
@@ -205,45 +185,44 @@ class Checkpoint:
                 for name in members:
                     sink(name, stream.get_tensor(name))
 
+    def read_dense(self, layer: int | None, sink: Callable[[str, torch.Tensor], None]) -> None:
+        """Hand this process' part of every dense tensor of a layer (None: outside all layers) to `sink`."""
+        names = list(self.family.dense_shapes(layer))
+        self.read(names, lambda name, tensor: sink(name, self.family.take(name, tensor)))
+
     def read_experts(self, layer: int, out: torch.Tensor) -> None:
         """Fill `out` with a layer's experts.
 
         Parameters
         ----------
         out : Tensor
-            Shape ``[E * 3 * I * H]``: per expert, gate and up rows ``[2I, H]``, then ``down [H, I]``.
+            Shape ``[E * expert_parameters]``, expert by expert as `ExpertTensor` says.
         """
-        m = self.model
-        half, size = m.intermediate_size * m.hidden_size, m.expert_parameters
-        flat = out.view(m.num_experts, size)
-        if self.stacked:
-            prefix = f"model.layers.{layer}.mlp.experts."
-
-            def put_stacked(name: str, tensor: torch.Tensor) -> None:
-                part = flat[:, : 2 * half] if name.endswith("gate_up_proj") else flat[:, 2 * half :]
-                part.copy_(tensor.reshape(m.num_experts, -1))
-
-            self.read([prefix + "gate_up_proj", prefix + "down_proj"], put_stacked)
-            return
-        places: dict[str, torch.Tensor] = {}
-        for expert in range(m.num_experts):
-            for k, name in enumerate(self._expert_names(layer, expert)):
-                places[name] = flat[expert, k * half : (k + 1) * half]
-
-        def put(name: str, tensor: torch.Tensor) -> None:
-            places[name].copy_(tensor.reshape(-1))
-
-        self.read(list(places), put)
+        ffn = self.local.kinds[self.local.order[layer]].ffn
+        flat = out.view(ffn.num_experts, ffn.expert_parameters)
+        places = {tensor.name: tensor.put for tensor in self.family.expert_tensors(layer)}
+        self.read(list(places), lambda name, tensor: places[name](tensor, flat))
 
 
-def _runnable(model: MoEModel) -> MoEModel:
-    """Refuse, by name, what the planner knows and the executor does not run."""
-    if model.architecture not in RUNNABLE_ARCHITECTURES:
-        raise InvalidConfig(
-            f"architecture {model.architecture!r} of {model.name!r} can be planned but not run; "
-            f"this version runs: {', '.join(RUNNABLE_ARCHITECTURES)}."
-        )
-    return model
+def _groups(family: Family) -> dict[str, dict[str, tuple[int, ...]]]:
+    """Shapes of all tensors by the file that they are written to: one per layer, and one for the rest."""
+    groups = {"dense": family.dense_shapes(None)}
+    for layer in range(family.model.num_layers):
+        experts = {tensor.name: tensor.shape for tensor in family.expert_tensors(layer)}
+        groups[f"layer-{layer:05d}"] = family.dense_shapes(layer) | experts
+    return groups
+
+
+def _quantisation(path: Path) -> str:
+    """What the config calls the type of the weights."""
+    return str(json.loads((path / "config.json").read_text())["quantization_config"].get("quant_method"))
+
+
+def _quantised(path: Path, method: str) -> CheckpointError:
+    return CheckpointError(
+        f"checkpoint {str(path)!r} holds {method} weights; this version runs {', '.join(TORCH_DTYPES)}: "
+        f"convert it, e.g. let transformers dequantise it and save it again."
+    )
 
 
 def _transformers_config(path: Path) -> Any:
@@ -253,6 +232,16 @@ def _transformers_config(path: Path) -> Any:
         return AutoConfig.from_pretrained(str(path))
     except (OSError, ValueError, KeyError) as error:
         raise InvalidConfig(f"transformers does not read the config of {str(path)!r}: {error}") from None
+
+
+def _config_object(config: Mapping[str, Any]) -> Any:
+    from transformers import AutoConfig
+
+    values = dict(config)
+    try:
+        return AutoConfig.for_model(values.pop("model_type"), **values)
+    except (ValueError, KeyError, TypeError) as error:
+        raise InvalidConfig(f"transformers does not read the config: {error}") from None
 
 
 def make_checkpoint(
@@ -266,7 +255,8 @@ def make_checkpoint(
     """Write a random-weight checkpoint of a real config, in the layout that the hub uses.
 
     Weights are normal with the config's ``initializer_range``, so routing is close to uniform, unlike a
-    trained model's. One file per layer; the folder appears under its name only when it is whole.
+    trained model's; norms are one. Of a config with quantised weights the shapes are taken and weights are
+    written in `dtype`. One file per layer; the folder appears under its name only when it is whole.
 
     Parameters
     ----------
@@ -287,12 +277,16 @@ def make_checkpoint(
     """
     out = Path(out)
     config = dict(config)
+    config.pop("quantization_config", None)
     if dtype is not None:
         if dtype not in TORCH_DTYPES:
             raise InvalidValue(f"'dtype' must be one of {', '.join(TORCH_DTYPES)}: {dtype!r}")
         config.pop("torch_dtype", None)
         config["dtype"] = dtype
-    model = _runnable(MoEModel.from_config(config, name=out.name))
+    model = MoEModel.from_config(config, name=out.name)
+    if "torch_dtype" not in config:
+        config["dtype"] = model.dtype
+    family = family_of(model, _config_object(config))
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise InvalidValue(f"{str(out)!r} exists and is not an empty folder; choose another --out.")
     need = model.num_parameters * model.dtype_bytes
@@ -305,30 +299,28 @@ def make_checkpoint(
         )
     work = Path(tempfile.mkdtemp(prefix=f".{out.name}-", dir=out.parent))
     try:
-        shell = Checkpoint(work, model, None, {}, stacked=False)
-        shapes = shell.expected()
-        groups: dict[str, list[str]] = {}
-        for name in shapes:
-            layer = name.split(".")[2] if name.startswith("model.layers.") else None
-            groups.setdefault("dense" if layer is None else f"layer-{int(layer):05d}", []).append(name)
+        groups = _groups(family)
         scale = float(config.get("initializer_range", 0.02))
         torch_dtype = TORCH_DTYPES[model.dtype]
         weight_map: dict[str, str] = {}
-        for number, (group, names) in enumerate(sorted(groups.items())):
+        written = 0
+        for number, (group, shapes) in enumerate(sorted(groups.items())):
             generator = torch.Generator().manual_seed(seed * 1_000_003 + number)
             tensors = {}
-            for name in names:
-                if name.endswith("norm.weight"):
-                    tensors[name] = torch.ones(shapes[name], dtype=torch_dtype)
+            for name, shape in shapes.items():
+                kept = torch.float32 if name.endswith(family.float32_names) else torch_dtype
+                if name.endswith(".weight") and "norm" in name.split(".")[-2]:
+                    tensors[name] = torch.ones(shape, dtype=kept)
                 else:
-                    values = torch.empty(shapes[name], dtype=torch.float32).normal_(0.0, scale, generator=generator)
-                    tensors[name] = values.to(torch_dtype)
+                    values = torch.empty(shape, dtype=torch.float32).normal_(0.0, scale, generator=generator)
+                    tensors[name] = values.to(kept)
+                written += tensors[name].nbytes
             file = f"model-{group}.safetensors"
             save_file(tensors, str(work / file), metadata={"format": "pt"})
-            weight_map |= dict.fromkeys(names, file)
+            weight_map |= dict.fromkeys(shapes, file)
             if progress:
                 progress(number + 1, len(groups))
-        index = {"metadata": {"total_size": int(need)}, "weight_map": weight_map}
+        index = {"metadata": {"total_size": written}, "weight_map": weight_map}
         (work / _INDEX).write_text(json.dumps(index, indent=1))
         (work / "config.json").write_text(json.dumps(config, indent=2) + "\n")
         if out.exists():

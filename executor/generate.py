@@ -1,36 +1,42 @@
-"""The user's call: prompts in, tokens and a measured timeline out."""
+"""The user's call: prompts in, tokens and measured timelines out."""
 
 from __future__ import annotations
 
 import time
+from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
 
+from executor.buffers import JOB_ITEMS
 from executor.checkpoint import Checkpoint
-from executor.families import load_dense
+from executor.jobs import Queue, batches, job_sizes
+from executor.kv_cache import Request
 from executor.machine import ram_bytes
-from executor.memory import DeviceMemory, WeightStore
-from executor.placements import RUNNABLE, check_runnable
-from executor.runtime import BATCH_ITEMS, BatchRun, execute
-from hrm.batching import micro_batches
+from executor.memory import DeviceMemory
+from executor.placements import check_runnable, choose_policy
+from executor.runtime import Runtime
+from executor.sampling import Sampling
+from executor.segment import Segment
+from executor.weights import WeightStore
 from hrm.errors import DoesNotFit, HrmError, InvalidValue, PolicyInfeasible
 from hrm.hardware import Hardware
 from hrm.memory import batch_footprint
+from hrm.model import MoEModel
 from hrm.pipeline import BatchShape
 from hrm.policy import Policy
-from hrm.search import plan
+from hrm.systems import check_system
 from hrm.units import format_bytes
 from hrm.workload import Workload
-from simulator.schedules import build_schedule
+from simulator.schedules import schedule_builder
 from simulator.task import Op
 from simulator.timeline import Timeline
 
 __all__ = [
     "DEFAULT_LINK_BANDWIDTH",
-    "BatchResult",
+    "Answer",
     "Executor",
     "GenerationResult",
     "auto_policy",
@@ -41,17 +47,22 @@ __all__ = [
 DEFAULT_LINK_BANDWIDTH = 2e9
 """Bytes/s of the paced link where there is no GPU."""
 
+_PINNED_SHARE = 0.7
+"""Most of the host's memory that weights may lock, so that they need no staging copy."""
+
+_KEPT_TIMELINES = 16
+
+OnDone = Callable[[Op, int, float], None]
+
 
 @dataclass(frozen=True, kw_only=True)
-class BatchResult:
-    """One batch: which requests, their tokens, and what happened when."""
+class Answer:
+    """A request that is done."""
 
-    requests: list[int]
-    """Indices into the prompts."""
-    outputs: list[list[int]]
-    """Generated ids of each of `requests`."""
-    timeline: Timeline
-    shape: BatchShape
+    index: int
+    """Its place among the prompts."""
+    output: list[int]
+    """Generated ids, the end token included."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,12 +71,20 @@ class GenerationResult:
 
     outputs: list[list[int]]
     policy: Policy
+    system: str
     prefill_s: float
     decode_s: float
     setup_s: float
     """Loading weights and making buffers; not part of the throughput."""
     peak_memory: dict[str, int]
+    segments: int
+    """Schedules that were run: batches, or spans of them between two admissions."""
+    batches: int
+    """Segments that began with prompts."""
+    busy_s: dict[str, float]
+    """Seconds that each lane was at work."""
     timelines: list[Timeline] = field(repr=False)
+    """Of the first segments; a long job does not keep all of them."""
 
     @property
     def generated_tokens(self) -> int:
@@ -78,10 +97,9 @@ class GenerationResult:
         return self.generated_tokens / (self.prefill_s + self.decode_s)
 
     def utilization(self) -> dict[str, float]:
-        """Busy share of each lane, weighted over the batches."""
-        whole = sum(t.makespan for t in self.timelines)
-        lanes = self.timelines[0].utilization()
-        return {lane: sum(t.utilization()[lane] * t.makespan for t in self.timelines) / whole for lane in lanes}
+        """Busy share of each lane."""
+        whole = self.prefill_s + self.decode_s
+        return {lane: seconds / whole for lane, seconds in self.busy_s.items()}
 
     def to_dict(self) -> dict[str, Any]:
         """The JSON of ``hrm run``."""
@@ -92,10 +110,33 @@ class GenerationResult:
             "setup_s": self.setup_s,
             "generated_tokens": self.generated_tokens,
             "requests": len(self.outputs),
+            "batches": self.batches,
+            "segments": self.segments,
+            "system": self.system,
             "peak_memory": self.peak_memory,
             "utilization": self.utilization(),
             "policy": self.policy.to_dict(),
         }
+
+
+class _Measured:
+    """Sums over the timelines of a job, and the first of them."""
+
+    def __init__(self) -> None:
+        self.prefill_s = self.decode_s = 0.0
+        self.segments = self.batches = 0
+        self.busy_s: dict[str, float] = {}
+        self.timelines: list[Timeline] = []
+
+    def add(self, timeline: Timeline) -> None:
+        self.segments += 1
+        self.batches += timeline.prefill_s > 0
+        self.prefill_s += timeline.prefill_s
+        self.decode_s += timeline.decode_s
+        for lane, share in timeline.utilization().items():
+            self.busy_s[lane] = self.busy_s.get(lane, 0.0) + share * timeline.makespan
+        if len(self.timelines) < _KEPT_TIMELINES:
+            self.timelines.append(timeline)
 
 
 def pick_device(name: str | None) -> torch.device:
@@ -110,7 +151,7 @@ def pick_device(name: str | None) -> torch.device:
 
 
 class Executor:
-    """A checkpoint laid out in memory under a policy, ready to run batches.
+    """A checkpoint laid out in memory under a policy, ready to answer requests.
 
     Parameters
     ----------
@@ -119,10 +160,18 @@ class Executor:
     max_tokens : int
         Longest prompt plus generation that will be asked for.
     device : torch.device
+    system : str
+        Whose schedule runs, see `hrm.systems.SYSTEMS`.
     device_memory : int, optional
         Budget in bytes; by default all of a GPU's memory, or what the policy needs on a CPU.
     link_bandwidth : float or None
         Bytes/s of the paced link on a machine without a GPU; None for no pacing.
+    pinned_weights : bool, optional
+        Keep weights in page-locked memory, so that they need no staging copy. By default with a GPU, where they fit.
+    sampling : Sampling, optional
+        Greedy by default.
+    reduce : callable, optional
+        Adds up partial sums of tensor parallelism.
     """
 
     def __init__(
@@ -132,10 +181,14 @@ class Executor:
         *,
         max_tokens: int,
         device: torch.device,
+        system: str = "moe-lightning",
         device_memory: int | None = None,
         link_bandwidth: float | None = DEFAULT_LINK_BANDWIDTH,
+        pinned_weights: bool | None = None,
+        sampling: Sampling | None = None,
+        reduce: Callable[[torch.Tensor], torch.Tensor] | None = None,
     ) -> None:
-        check_runnable("moe-lightning", policy)
+        check_runnable(system, policy)
         if max_tokens > checkpoint.model.max_positions:
             raise InvalidValue(
                 f"the longest prompt plus gen_len is {max_tokens} tokens, and {checkpoint.model.name} has "
@@ -146,49 +199,115 @@ class Executor:
             total = torch.cuda.get_device_properties(device).total_memory
             device_memory = total if device_memory is None else min(device_memory, total)
             torch.cuda.set_per_process_memory_fraction(device_memory / total, device)
-        self.checkpoint, self.policy, self.link_bandwidth = checkpoint, policy, link_bandwidth
+        self.checkpoint, self.policy, self.system = checkpoint, policy, system
+        self.link_bandwidth, self.sampling = link_bandwidth, sampling or Sampling()
+        self._reduce = {} if reduce is None else {"reduce": reduce}
+        streamed = (1 - policy.weights_on_gpu) * checkpoint.local.streamed_bytes
+        if pinned_weights is None:
+            pinned_weights = device.type == "cuda" and streamed < _PINNED_SHARE * ram_bytes()
+        self.pinned_weights = pinned_weights
         self.memory = DeviceMemory(2**62 if device_memory is None else device_memory, device)
-        self.dense = load_dense(checkpoint, self.memory, positions=max_tokens)
-        self.weights = WeightStore(checkpoint, self.memory, policy.weights_on_gpu)
+        self.weights = WeightStore(
+            checkpoint,
+            self.memory,
+            policy,
+            system=system,
+            pinned=device.type == "cuda" and (pinned_weights or system == "deepspeed-zero"),
+            positions=max_tokens,
+        )
         self.setup_s = time.perf_counter() - started
         self.peak_host_bytes = self.weights.host_bytes
 
-    def run_batch(
+    def run(
         self,
-        prompts: Sequence[Sequence[Sequence[int]]],
-        gen_len: int,
+        prompts: Sequence[Sequence[int]],
+        gen_lens: Sequence[int],
         *,
-        on_done: Callable[[Op, int], None] | None = None,
-    ) -> tuple[list[list[list[int]]], Timeline, BatchShape]:
-        """Run one batch given by micro-batch, longest prompt first within each; returns ids likewise."""
+        names: Sequence[str | int] | None = None,
+        end_tokens: Sequence[int] = (),
+        on_answers: Callable[[list[Answer]], None] | None = None,
+        on_segment: Callable[[Timeline, BatchShape], None] | None = None,
+        on_tokens: Callable[[int], None] | None = None,
+        on_done: OnDone | None = None,
+    ) -> tuple[list[list[int]], _Measured]:
+        """Answer requests, as many at a time as the policy's batch; their outputs, and what was measured.
+
+        Parameters
+        ----------
+        prompts, gen_lens : sequence
+            Token ids of each request, and how many tokens it may generate.
+        names : sequence of str or int, optional
+            What sampling knows requests by; by default their numbers.
+        end_tokens : sequence of int
+            An answer ends with the first of these.
+        on_answers : callable, optional
+            Called with the requests that a segment has finished, before the next one starts.
+        on_segment : callable, optional
+            Called with each segment's timeline, and its shape as the simulator takes it.
+        on_tokens : callable, optional
+            Called after each segment with the tokens that all requests have so far.
+        on_done : callable, optional
+            Called with (class, step, seconds) after each task.
+        """
         started = time.perf_counter()
+        names = range(len(prompts)) if names is None else names
+        requests = [
+            Request(i, prompt, gen_len, self.sampling.numbers(name, gen_len))
+            for i, (prompt, gen_len, name) in enumerate(zip(prompts, gen_lens, names, strict=True))
+        ]
+        model = self.checkpoint.local
+        sizes = job_sizes(model, list(map(len, prompts)), gen_lens, self.policy, system=self.system)
         try:
-            run = BatchRun(
+            runtime = Runtime(
                 self.checkpoint,
-                prompts,
-                gen_len,
-                memory=self.memory,
-                weights=self.weights,
-                dense=self.dense,
+                self.weights,
+                self.memory,
+                policy=self.policy,
+                system=self.system,
+                sizes=sizes,
+                pinned=self.pinned_weights,
                 link_bandwidth=self.link_bandwidth,
+                sampling=self.sampling,
+                **self._reduce,
             )
-            schedule = build_schedule(
-                self.checkpoint.model.num_layers,
+            build = schedule_builder(
+                model.num_layers,
                 self.policy,
-                gen_len=gen_len,
-                num_micro_batches=run.parts,
+                num_micro_batches=sizes.parts,
+                system=self.system,
+                weight_pieces=model.num_experts,
+                stages_weights=not self.pinned_weights,
             )
-            self.peak_host_bytes = max(self.peak_host_bytes, self.weights.host_bytes + run.host_bytes)
+            queue = Queue(
+                deque(requests),
+                sizes,
+                build,
+                runtime.buffers.host_cache,
+                runtime.buffers.device_cache,
+                frozenset(end_tokens),
+            )
             self.setup_s += time.perf_counter() - started
-            timeline = execute(schedule, run, on_done=on_done, facts={"policy": self.policy.to_dict()})
-            return [part.tolist() for part in run.output], timeline, run.shape
+            measured = _Measured()
+            facts = {"policy": self.policy.to_dict(), "system": self.system}
+
+            def work(segment: Segment) -> list[list[list[int]]]:
+                tokens, timeline = runtime.run(segment, on_done=on_done, facts=facts)
+                measured.add(timeline)
+                if on_segment:
+                    on_segment(timeline, segment.shape)
+                return tokens
+
+            for done in queue.run(work):
+                if done and on_answers:
+                    on_answers([Answer(index=request.index, output=request.output) for request in done])
+                if on_tokens:
+                    on_tokens(queue.generated)
+            self.peak_host_bytes = max(self.peak_host_bytes, self.weights.host_bytes + runtime.buffers.host_bytes)
+            return [request.output for request in requests], measured
         except torch.cuda.OutOfMemoryError:
-            raise PolicyInfeasible(
-                f"the device ran out of memory with micro-batches of {self.policy.micro_batch_size}; "
-                f"try --micro-batch-size {max(1, self.policy.micro_batch_size // 2)}."
-            ) from None
+            raise _out_of_memory(sizes.micro_batch, self.system) from None
         finally:
-            self.memory.release(BATCH_ITEMS)
+            self.memory.release(JOB_ITEMS)
 
     @property
     def peak_memory(self) -> dict[str, int]:
@@ -199,14 +318,22 @@ class Executor:
         return {"device_bytes": device, "host_bytes": self.peak_host_bytes}
 
 
-def _check_prompts(prompts: Sequence[Sequence[int]], checkpoint: Checkpoint, gen_len: int) -> int:
+def _out_of_memory(micro_batch: int, system: str) -> PolicyInfeasible:
+    """What to say, and to try, when a device has less memory left than a policy was promised."""
+    size, plural = ("batch", "batches") if check_system(system).single_batch else ("micro-batch", "micro-batches")
+    hint = f"--{size}-size {micro_batch // 2}" if micro_batch > 1 else "a smaller --weights-on-gpu or --kv-on-gpu"
+    return PolicyInfeasible(f"the device ran out of memory with {plural} of {micro_batch}; try {hint}.")
+
+
+def check_requests(prompts: Sequence[Sequence[int]], gen_lens: Sequence[int], model: MoEModel) -> int:
     """Longest prompt plus generation; raises on an empty prompt, an id out of range, too long a prompt."""
     if not prompts:
         raise InvalidValue("there are no prompts.")
-    if gen_len < 1:
-        raise InvalidValue(f"'gen_len' must be >= 1: {gen_len}")
-    model = checkpoint.model
-    for number, prompt in enumerate(prompts):
+    if len(gen_lens) != len(prompts):
+        raise InvalidValue(f"there are {len(prompts)} prompts and {len(gen_lens)} values of 'gen_len'.")
+    if min(gen_lens) < 1:
+        raise InvalidValue(f"'gen_len' must be >= 1: {min(gen_lens)}")
+    for number, (prompt, gen_len) in enumerate(zip(prompts, gen_lens, strict=True)):
         if not prompt:
             raise InvalidValue(f"prompt {number} is empty.")
         if min(prompt) < 0 or max(prompt) >= model.vocab_size:
@@ -216,45 +343,54 @@ def _check_prompts(prompts: Sequence[Sequence[int]], checkpoint: Checkpoint, gen
                 f"prompt {number} has {len(prompt)} tokens; with gen_len {gen_len} it passes the "
                 f"{model.max_positions} positions of {model.name}."
             )
-    return max(map(len, prompts)) + gen_len
+    return max(len(prompt) + gen_len for prompt, gen_len in zip(prompts, gen_lens, strict=True))
 
 
 def generate(
     checkpoint: Checkpoint | str,
     prompts: Sequence[Sequence[int]],
     *,
-    gen_len: int,
+    gen_len: int | Sequence[int],
     policy: Policy | Literal["auto"] = "auto",
+    system: str = "moe-lightning",
     hardware: Hardware | None = None,
     device: str | None = None,
     device_memory: int | None = None,
     link_bandwidth: float | None = DEFAULT_LINK_BANDWIDTH,
+    pinned_weights: bool | None = None,
     eos_token_ids: Sequence[int] = (),
-    on_batch: Callable[[BatchResult], None] | None = None,
-    on_done: Callable[[Op, int], None] | None = None,
+    sampling: Sampling | None = None,
+    names: Sequence[str | int] | None = None,
+    reduce: Callable[[torch.Tensor], torch.Tensor] | None = None,
+    on_answers: Callable[[list[Answer]], None] | None = None,
+    on_segment: Callable[[Timeline, BatchShape], None] | None = None,
+    on_tokens: Callable[[int], None] | None = None,
+    on_done: OnDone | None = None,
 ) -> GenerationResult:
-    """Generate greedily with weights streamed to the device and attention on the CPU.
+    """Generate from a checkpoint with weights streamed to the device.
 
     Parameters
     ----------
     checkpoint : Checkpoint or path
     prompts : sequence of sequence of int
         Token ids; any lengths.
-    gen_len : int
-        Tokens per request.
+    gen_len : int or sequence of int
+        Tokens per request, or of each request.
     policy : Policy or "auto"
         "auto" asks the planner, with `hardware` or, without it, a probe of this machine.
+    system : str
+        Whose schedule runs, see `hrm.systems.SYSTEMS`.
     device : {"cuda", "cpu"}, optional
     device_memory : int, optional
         Budget of the device in bytes.
     link_bandwidth : float or None
         Bytes/s of the link where there is no GPU; None for as fast as copies go.
+    pinned_weights, sampling, reduce
+        As those of `Executor`.
     eos_token_ids : sequence of int
-        Outputs end with the first of these; the batch computes on to its end.
-    on_batch : callable, optional
-        Called with each batch's result as it finishes.
-    on_done : callable, optional
-        Called with (class, step) after each task.
+        Outputs end with the first of these; the freed place goes to a request that waits.
+    names, on_answers, on_segment, on_tokens, on_done
+        As those of `Executor.run`.
 
     Returns
     -------
@@ -268,79 +404,76 @@ def generate(
     if not isinstance(checkpoint, Checkpoint):
         checkpoint = Checkpoint.open(checkpoint)
     target = pick_device(device)
-    max_tokens = _check_prompts(prompts, checkpoint, gen_len)
+    gen_lens = [gen_len] * len(prompts) if isinstance(gen_len, int) else list(gen_len)
+    max_tokens = check_requests(prompts, gen_lens, checkpoint.model)
     if policy == "auto":
         policy = auto_policy(
             checkpoint,
             [len(p) for p in prompts],
-            gen_len,
+            max(gen_lens),
+            system=system,
             hardware=hardware,
             device=target,
             device_memory=device_memory,
             link_bandwidth=link_bandwidth,
         )
-    batches = _batches([len(p) for p in prompts], policy)
-    _check_memory(checkpoint, prompts, batches, gen_len, policy, target, device_memory)
+    check_runnable(system, policy)
+    _check_memory(checkpoint.local, list(map(len, prompts)), gen_lens, policy, system, target, device_memory)
     executor = Executor(
         checkpoint,
         policy,
         max_tokens=max_tokens,
         device=target,
+        system=system,
         device_memory=device_memory,
         link_bandwidth=link_bandwidth,
+        pinned_weights=pinned_weights,
+        sampling=sampling,
+        reduce=reduce,
     )
-    outputs: list[list[int]] = [[] for _ in prompts]
-    timelines = []
-    for groups in batches:
-        parts = [[prompts[i] for i in group] for group in groups]
-        generated, timeline, shape = executor.run_batch(parts, gen_len, on_done=on_done)
-        requests = [i for group in groups for i in group]
-        flat = [_until_end(ids, eos_token_ids) for part in generated for ids in part]
-        for request, ids in zip(requests, flat, strict=True):
-            outputs[request] = ids
-        timelines.append(timeline)
-        if on_batch:
-            on_batch(BatchResult(requests=requests, outputs=flat, timeline=timeline, shape=shape))
+    outputs, measured = executor.run(
+        prompts,
+        gen_lens,
+        names=names,
+        end_tokens=eos_token_ids,
+        on_answers=on_answers,
+        on_segment=on_segment,
+        on_tokens=on_tokens,
+        on_done=on_done,
+    )
     return GenerationResult(
         outputs=outputs,
         policy=policy,
-        prefill_s=sum(t.prefill_s for t in timelines),
-        decode_s=sum(t.decode_s for t in timelines),
+        system=system,
+        prefill_s=measured.prefill_s,
+        decode_s=measured.decode_s,
         setup_s=executor.setup_s,
         peak_memory=executor.peak_memory,
-        timelines=timelines,
+        segments=measured.segments,
+        batches=measured.batches,
+        busy_s=measured.busy_s,
+        timelines=measured.timelines,
     )
 
 
-def _batches(lengths: Sequence[int], policy: Policy) -> list[list[list[int]]]:
-    """Requests by batch and micro-batch, in order of arrival, each batch spread by Algorithm 2."""
-    batches = []
-    for first in range(0, len(lengths), policy.batch_size):
-        taken = lengths[first : first + policy.batch_size]
-        groups, deferred = micro_batches(
-            taken, num_micro_batches=policy.num_micro_batches, micro_batch_size=policy.micro_batch_size
-        )
-        assert not deferred, "a batch holds no more than N requests"
-        batches.append([[first + i for i in group] for group in groups])
-    return batches
-
-
 def _check_memory(
-    checkpoint: Checkpoint,
-    prompts: Sequence[Sequence[int]],
-    batches: list[list[list[int]]],
-    gen_len: int,
+    model: MoEModel,
+    prompt_lens: Sequence[int],
+    gen_lens: Sequence[int],
     policy: Policy,
+    system: str,
     device: torch.device,
     device_memory: int | None,
 ) -> None:
     """Raise `DoesNotFit` if any batch needs more than the budget or this machine has."""
     if device_memory is not None and device_memory < 1:
         raise InvalidValue(f"'device_memory' must be >= 1: {device_memory}")
-    for number, groups in enumerate(batches, start=1):
-        shape = BatchShape(tuple(tuple(len(prompts[i]) for i in group) for group in groups), gen_len)
-        need = batch_footprint(checkpoint.model, shape, policy.weights_on_gpu)
-        which = f"batch {number} of {len(batches)}" if len(batches) > 1 else "the batch"
+    found = batches(prompt_lens, policy)
+    for number, groups in enumerate(found, start=1):
+        gen_len = max(gen_lens[i] for group in groups for i in group)
+        shape = BatchShape(tuple(tuple(prompt_lens[i] for i in group) for group in groups), gen_len)
+        need = batch_footprint(model, shape, policy, system=system)
+        which = f"batch {number} of {len(found)}" if len(found) > 1 else "the batch"
         if device_memory is not None and need.gpu_bytes > device_memory:
             raise DoesNotFit(
                 f"{which} needs {format_bytes(need.gpu_bytes)} of device memory, the budget is "
@@ -355,16 +488,12 @@ def _check_memory(
             )
 
 
-def _until_end(ids: list[int], eos: Sequence[int]) -> list[int]:
-    ends = [i for i, token in enumerate(ids) if token in eos]
-    return ids[: ends[0] + 1] if ends else ids
-
-
 def auto_policy(
     checkpoint: Checkpoint,
     prompt_lens: Sequence[int],
     gen_len: int,
     *,
+    system: str = "moe-lightning",
     hardware: Hardware | None,
     device: torch.device,
     device_memory: int | None,
@@ -392,6 +521,6 @@ def auto_policy(
         prompt_lens=tuple(sorted(prompt_lens, reverse=True)),
     )
     try:
-        return plan(checkpoint.model, machine, workload, num_requests=len(prompt_lens), **RUNNABLE).policy
+        return choose_policy(system, checkpoint.model, machine, workload, len(prompt_lens))
     except HrmError as error:
         raise type(error)(f"no policy found: {error}") from None

@@ -1,4 +1,4 @@
-"""The kernels that tasks run, through torch's own operators."""
+"""Kernels of the device's tasks, through torch's own operators."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch.nn.functional as F
 
 from hrm.pipeline import FFN_CHUNK_ROWS
 
-__all__ = ["ExpertWeights", "causal_attention", "decode_attention", "moe_ffn"]
+__all__ = ["ExpertWeights", "causal_attention", "moe_ffn"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,19 +24,24 @@ class ExpertWeights:
     """Rows of ``[2I, H]``: gate, then up."""
     down: Sequence[torch.Tensor]
     """Rows of ``[H, I]``."""
+    gate_up_bias: torch.Tensor | None = None
+    """[2I]"""
+    down_bias: torch.Tensor | None = None
+    """[H]"""
 
 
-def _linear(x: torch.Tensor, blocks: Sequence[torch.Tensor]) -> torch.Tensor:
+def _linear(x: torch.Tensor, blocks: Sequence[torch.Tensor], bias: torch.Tensor | None) -> torch.Tensor:
     if len(blocks) == 1:
-        return F.linear(x, blocks[0])
-    return torch.cat([F.linear(x, block) for block in blocks], dim=-1)
+        return F.linear(x, blocks[0], bias)
+    y = torch.cat([F.linear(x, block) for block in blocks], dim=-1)
+    return y if bias is None else y.add_(bias)
 
 
 def moe_ffn(
     x: torch.Tensor,
     expert_index: torch.Tensor,
     expert_weight: torch.Tensor,
-    experts: Sequence[ExpertWeights],
+    experts: Sequence[ExpertWeights | None],
     activation: Callable[[torch.Tensor], torch.Tensor],
 ) -> torch.Tensor:
     """Expert FFNs by dynamic gating: tokens sorted by expert, no capacity, nothing dropped or padded.
@@ -47,8 +52,9 @@ def moe_ffn(
     expert_index, expert_weight : Tensor, [tokens, k]
         The router's choice.
     experts : sequence of ExpertWeights, length E
+        None for experts that are computed elsewhere; they add nothing.
     activation : callable
-        Of the gate, e.g. SiLU.
+        ``[rows, 2I]`` to ``[rows, I]``.
 
     Returns
     -------
@@ -58,43 +64,71 @@ def moe_ffn(
     ----------
     "Towards MoE Deployment", arXiv 2303.06182, section IV (dynamic gating).
     """
+    out = torch.zeros_like(x)
+    if len(experts) == 1:
+        expert = experts[0]
+        for first in range(0, x.shape[0] if expert else 0, FFN_CHUNK_ROWS):
+            assert expert is not None
+            chunk = slice(first, first + FFN_CHUNK_ROWS)
+            out[chunk] = _expert(x[chunk], expert, activation)
+        return out
     top_k = expert_index.shape[-1]
     flat = expert_index.reshape(-1)
     order = flat.argsort(stable=True)
     token = order // top_k
     weight = expert_weight.reshape(-1)[order].to(x.dtype)
     counts = torch.bincount(flat, minlength=len(experts)).tolist()
-    out = torch.zeros_like(x)
     start = 0
     for expert, count in zip(experts, counts, strict=True):
-        for first in range(start, start + count, FFN_CHUNK_ROWS):
+        for first in range(start, start + count if expert else start, FFN_CHUNK_ROWS):
+            assert expert is not None
             last = min(first + FFN_CHUNK_ROWS, start + count)
             rows = token[first:last]
-            gate, up = _linear(x[rows], expert.gate_up).chunk(2, dim=-1)
-            hidden = activation(gate).mul_(up)
-            del gate, up
-            y = _linear(hidden, expert.down).mul_(weight[first:last, None])
+            y = _expert(x[rows], expert, activation).mul_(weight[first:last, None])
             out.index_add_(0, rows, y)
         start += count
     return out
 
 
-def causal_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, lengths: Sequence[int]) -> torch.Tensor:
+def _expert(x: torch.Tensor, expert: ExpertWeights, activation: Callable[[torch.Tensor], torch.Tensor]) -> torch.Tensor:
+    hidden = activation(_linear(x, expert.gate_up, expert.gate_up_bias))
+    return _linear(hidden, expert.down, expert.down_bias)
+
+
+def causal_attention(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    lengths: Sequence[int],
+    *,
+    scale: float | None = None,
+    window: int | None = None,
+    sinks: torch.Tensor | None = None,
+) -> torch.Tensor:
     """Prefill attention of packed sequences.
 
     Parameters
     ----------
     q : Tensor, [tokens, n_q, d]
-    k, v : Tensor, [tokens, n_kv, d]
+    k : Tensor, [tokens, n_kv, d]
+    v : Tensor, [tokens, n_kv, d_v]
     lengths : sequence of int
         Prompt length of each sequence, in the order in which they are packed.
+    scale : float, optional
+        Of the scores; 1/sqrt(d) by default.
+    window : int, optional
+        Keys that a query sees at most, itself included.
+    sinks : Tensor, [n_q], optional
+        One more logit per head in the softmax, which attends to nothing.
 
     Returns
     -------
-    Tensor, [tokens, n_q * d]
+    Tensor, [tokens, n_q * d_v]
     """
     tokens, heads, dim = q.shape
-    out = torch.empty_like(q)
+    wide = v.shape[2]
+    scale = dim**-0.5 if scale is None else scale
+    out = q.new_empty(tokens, heads, wide)
     start = index = 0
     while index < len(lengths):
         # Runs of equal length go through one call.
@@ -102,33 +136,65 @@ def causal_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, lengths:
         while index + same < len(lengths) and lengths[index + same] == s:
             same += 1
         stop = start + same * s
-        qs, ks, vs = (t[start:stop].view(same, s, -1, dim).transpose(1, 2) for t in (q, k, v))
-        attended = F.scaled_dot_product_attention(qs, ks, vs, is_causal=True, enable_gqa=heads != k.shape[1])
-        out[start:stop].view(same, s, heads, dim).copy_(attended.transpose(1, 2))
+        qs, ks, vs = (t[start:stop].view(same, s, -1, t.shape[2]).transpose(1, 2) for t in (q, k, v))
+        if sinks is not None:
+            qs, ks, vs = _with_sinks(qs, ks, vs, sinks, scale)
+        elif wide < dim:
+            # Kernels that keep no scores take values as wide as keys only.
+            vs = F.pad(vs, (0, dim - wide))
+        lead = 0 if sinks is None else 1
+        target = out[start:stop].view(same, s, heads, wide).transpose(1, 2)
+        if window is None or s <= window:
+            attended = F.scaled_dot_product_attention(
+                qs, ks, vs, is_causal=True, scale=scale, enable_gqa=heads != k.shape[1]
+            )
+            target.copy_(attended[:, :, lead:, :wide])
+        else:
+            _windowed(qs, ks, vs, target, window, lead, scale)
         start, index = stop, index + same
-    return out.view(tokens, heads * dim)
+    return out.view(tokens, heads * wide)
 
 
-def decode_attention(
-    q: torch.Tensor,
-    key_cache: torch.Tensor,
-    value_cache: torch.Tensor,
-    mask: torch.Tensor | None,
-    out: torch.Tensor,
-) -> None:
-    """One query token per sequence over its KV cache, grouped-query heads folded into the query length.
+def _with_sinks(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, sinks: torch.Tensor, scale: float
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Queries, keys and values ``[n, heads, s + 1, d + 8]`` that give each query one more logit, and nothing for it.
 
-    Folding lets every key and value be read once for all the heads that share it.
-
-    Parameters
-    ----------
-    q : Tensor, [n, n_q, d]
-    key_cache, value_cache : Tensor, [n, n_kv, context, d]
-    mask : Tensor or None, [n, 1, 1, context]
-        Additive; hides what lies behind a shorter sequence's end.
-    out : Tensor, [n, n_q, d]
+    The first key is the sink: it is zero but in a dimension where other keys are zero, and there each query has its
+    head's logit. A first query, whose answer is dropped, keeps the causal mask in place. Eight dimensions instead of
+    one keep rows aligned.
     """
-    n, heads, dim = q.shape
-    groups = key_cache.shape[1]
-    folded = q.view(n, groups, heads // groups, dim)
-    out.view_as(folded).copy_(F.scaled_dot_product_attention(folded, key_cache, value_cache, attn_mask=mask))
+    dim = q.shape[3]
+    q, k, v = F.pad(q, (0, 8, 1, 0)), F.pad(k, (0, 8, 1, 0)), F.pad(v, (0, dim + 8 - v.shape[3], 1, 0))
+    q[..., dim] = (sinks.float() / scale).to(q.dtype)[:, None]
+    k[:, :, 0, dim] = 1
+    return q, k, v
+
+
+def _windowed(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    out: torch.Tensor,
+    window: int,
+    lead: int,
+    scale: float,
+) -> None:
+    """Fill `out`, ``[n, heads, s, d_v]``, by blocks of queries and the keys that they see, and the sink if `lead`."""
+    s = out.shape[2]
+    block = max(window, 256)
+    for first in range(0, s, block):
+        last, begin = min(first + block, s), max(0, first - window + 1)
+        ahead = first - begin
+        seen = torch.ones(last - first, last - begin, dtype=torch.bool, device=q.device)
+        mask = F.pad(seen.tril_(ahead).triu_(ahead - window + 1), (lead, 0), value=True)
+        keys, values = (torch.cat([t[:, :, :lead], t[:, :, lead + begin : lead + last]], dim=2) for t in (k, v))
+        attended = F.scaled_dot_product_attention(
+            q[:, :, lead + first : lead + last],
+            keys,
+            values,
+            attn_mask=mask,
+            scale=scale,
+            enable_gqa=q.shape[1] != k.shape[1],
+        )
+        out[:, :, first:last] = attended[..., : out.shape[3]]

@@ -22,7 +22,7 @@ from executor.machine import core_count
 from hrm.errors import InvalidValue
 from simulator.task import LANES, OPS, Lane, Op, Schedule
 
-__all__ = ["Handler", "PacedLink", "lane_threads", "run_lanes", "yield_to_copies"]
+__all__ = ["Handler", "PacedLink", "lane_threads", "pin_to_cores", "run_lanes", "yield_to_copies"]
 
 Handler = Callable[[int, int, int, float], None]
 """Runs a task: (step, layer, part, moment at which its dependencies were met)."""
@@ -30,6 +30,7 @@ Handler = Callable[[int, int, int, float], None]
 _WAKE_UP_SLACK_S = 3e-4
 _SPIN_S = 1e-4
 _COMPUTE_NICENESS = 10
+_LAUNCH_CORES, _FEWEST_CORES_TO_PIN = 2, 6
 _GPU_LANES = (Lane.GPU, Lane.H2D, Lane.D2H)
 
 
@@ -54,6 +55,19 @@ def yield_to_copies(lane: Lane) -> None:
         with contextlib.suppress(OSError, AttributeError):
             nice = os.getpriority(os.PRIO_PROCESS, 0) + _COMPUTE_NICENESS
             os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), min(19, nice))
+
+
+def pin_to_cores(lane: Lane) -> None:
+    """With a GPU, keep host kernels and staging copies off the cores from which work is launched.
+
+    Threads that the calling thread starts later, those of its kernels, stay where it is.
+    """
+    cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []
+    if len(cores) < _FEWEST_CORES_TO_PIN:
+        return
+    mine = cores[:_LAUNCH_CORES] if lane in _GPU_LANES else cores[_LAUNCH_CORES:]
+    with contextlib.suppress(OSError):
+        os.sched_setaffinity(threading.get_native_id(), mine)
 
 
 class PacedLink:
@@ -124,7 +138,7 @@ def run_lanes(
     handlers: Mapping[Op, Handler],
     *,
     device: torch.device,
-    on_done: Callable[[Op, int], None] | None = None,
+    on_done: Callable[[Op, int, float], None] | None = None,
 ) -> tuple[np.ndarray, np.ndarray]:
     """Run every task of a schedule on its lane.
 
@@ -136,7 +150,8 @@ def run_lanes(
     device : torch.device
         ``cuda``: GPU lanes are streams. ``cpu``: every lane is a host thread.
     on_done : callable, optional
-        Called with (class, step) from the worker after each task, for progress bars.
+        Called with (class, step, seconds) from the worker after each task, for progress bars; on CUDA streams the
+        seconds are those of the launch.
 
     Returns
     -------
@@ -198,7 +213,9 @@ def run_lanes(
 
     def work(lane: Lane) -> None:
         try:
-            if not cuda:
+            if cuda:
+                pin_to_cores(lane)
+            else:
                 yield_to_copies(lane)
             # The first torch call of a thread takes over the count that any thread set last; after the
             # gate every lane has made it, and each one's own count holds.
@@ -209,6 +226,7 @@ def run_lanes(
                 torch.set_num_threads(threads_of[lane])
                 for task in schedule.lane_tasks(lane).tolist():
                     handler = handlers[OPS[ops[task]]]
+                    begun = time.perf_counter()
                     if stream is None:
                         host_task(task, handler)
                     else:
@@ -218,7 +236,7 @@ def run_lanes(
                     if task in signal:
                         signal[task].set()
                     if on_done:
-                        on_done(OPS[ops[task]], steps[task])
+                        on_done(OPS[ops[task]], steps[task], time.perf_counter() - (start[task] or begun))
         except BaseException as error:
             failure.set(error)
             gate.abort()

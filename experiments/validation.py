@@ -17,18 +17,20 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from executor.placements import RUNNABLE
 from experiments.validation_cases import QUICK, Case, validation_cases
-from experiments.validation_report import render, roofs, write
-from hrm import Hardware, MoEModel, Plan, Workload, plan
+from experiments.validation_report import ranking, render, roofs, write
+from hrm import BatchShape, Hardware, MoEModel, Plan, Workload, plan
+from hrm.bound import physical_bound
 from hrm.catalog import model_config
 from hrm.errors import HrmError
 from hrm.memory import batch_footprint
+from hrm.rates import Rates
 from simulator import Prediction, Timeline, simulate
+from simulator.compare import compare
 from simulator.gantt import gantt_pair
 
 __all__ = ["render", "run_validation"]
@@ -119,6 +121,7 @@ def run_validation(
         "cases": rows,
         "mean_abs_error": statistics.fmean(errors),
         "worst_abs_error": max(errors),
+        "ranking": ranking(rows),
         "undisturbed": {
             "cases": len(quiet),
             "mean_abs_error": statistics.fmean(quiet) if quiet else None,
@@ -182,7 +185,7 @@ def _plan(model: MoEModel, machine: Hardware, device_memory: int | None, pace: f
         gen_len=16,
     )
     here = machine.with_capacity(gpu_bytes=device_memory).with_link(pace)
-    return plan(model, here, workload, num_requests=96, **RUNNABLE)
+    return plan(model, here, workload, num_requests=96, attention_on_gpu=False, ffn_on_gpu=True)
 
 
 def _validate(
@@ -235,9 +238,9 @@ def _try(
         waited += 1
     before = prober.last_passes
     shape = case.shape()
-    rates = machine.rates().with_link(case.link_bandwidth)
-    prediction = simulate(checkpoint.model, rates, case.policy, shape, exact=True)
-    memory = batch_footprint(checkpoint.model, shape, case.weights_on_gpu)
+    rates = replace(machine.rates().with_link(case.link_bandwidth), stages_weights=not case.pinned_weights)
+    prediction = simulate(checkpoint.model, rates, case.policy, shape, system=case.system, exact=True)
+    memory = batch_footprint(checkpoint.model, shape, case.policy, system=case.system)
     budget = device_memory if case.name == "planned" and device_memory else math.ceil(memory.gpu_bytes)
     lengths = case.lengths()
     vocabulary = checkpoint.model.vocab_size
@@ -248,6 +251,8 @@ def _try(
             prompts,
             gen_len=case.gen_len,
             policy=case.policy,
+            system=case.system,
+            pinned_weights=case.pinned_weights,
             device=device.type,
             device_memory=budget if device.type == "cpu" else device_memory,
             link_bandwidth=case.link_bandwidth,
@@ -256,6 +261,7 @@ def _try(
         prober.refresh(passes=1)
     measured = result.timelines[0]
     op, seconds = _worst_class(prediction.timeline, measured)
+    steps = case.batch_size * (case.gen_len - 1)
     row = asdict(case) | {
         "num_micro_batches": case.policy.num_micro_batches,
         "prompt_lens": list(case.prompt_lens),
@@ -266,6 +272,8 @@ def _try(
         "measured_prefill_s": result.prefill_s,
         "predicted_decode_s": prediction.decode_s,
         "measured_decode_s": result.decode_s,
+        **_limit(case, checkpoint.model, rates, shape, steps / result.decode_s if steps else 0.0),
+        "loss": compare(prediction.timeline, measured).loss().sentence(),
         "predicted_utilization": prediction.timeline.decode_utilization(),
         "measured_utilization": measured.decode_utilization(),
         "most_off": op,
@@ -276,6 +284,16 @@ def _try(
         "drift": _drift(before, prober.last_passes),
     }
     return row, prediction, measured
+
+
+def _limit(case: Case, model: MoEModel, rates: Rates, shape: BatchShape, measured: float) -> dict[str, Any]:
+    """How near decode came to what no schedule can pass; for systems whose dense weights stay on the device."""
+    if case.system not in ("moe-lightning", "fastdecode") or case.gen_len < 2:
+        return {"bound_decode_tok_s": None, "bound_by": None, "share_of_bound": None}
+    prompt = sum(shape.prompt_tokens) / case.batch_size
+    bound = physical_bound(model, rates, case.policy, prompt_len=prompt, gen_len=case.gen_len, prefill=False)
+    tok_s = case.batch_size * (case.gen_len - 1) / max(bound.seconds.values())
+    return {"bound_decode_tok_s": tok_s, "bound_by": bound.resource, "share_of_bound": measured / tok_s}
 
 
 def _drift(before: list[dict[Any, float]], after: list[dict[Any, float]]) -> float:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 from hrm import BatchShape, Policy, micro_batches
 
@@ -15,9 +16,17 @@ class Case:
     """One run to predict and measure."""
 
     name: str
+    setting: str
+    """Cases of one setting differ in nothing but the system, and can be ranked."""
+    system: str = "moe-lightning"
     batch_size: int
     micro_batch_size: int
-    weights_on_gpu: float
+    weights_on_gpu: float = 0.0
+    kv_on_gpu: float = 0.0
+    attention_on_gpu: bool = False
+    ffn_on_gpu: bool = True
+    pinned_weights: bool = False
+    """Weights travel from where they lie, without a staging copy."""
     prompt_lens: tuple[int, ...]
     """One length for all, or lengths that repeat."""
     gen_len: int
@@ -30,7 +39,10 @@ class Case:
         return Policy(
             batch_size=self.batch_size,
             micro_batch_size=self.micro_batch_size,
+            attention_on_gpu=self.attention_on_gpu,
+            ffn_on_gpu=self.ffn_on_gpu,
             weights_on_gpu=self.weights_on_gpu,
+            kv_on_gpu=self.kv_on_gpu,
         )
 
     def lengths(self) -> list[int]:
@@ -48,46 +60,80 @@ class Case:
         return BatchShape(tuple(tuple(lengths[i] for i in group) for group in groups), self.gen_len)
 
 
+_SYSTEMS: tuple[tuple[str, dict[str, Any]], ...] = (
+    ("moe-lightning", {}),
+    ("fastdecode", {}),
+    ("flexgen-c", {}),
+    ("flexgen", {"attention_on_gpu": True}),
+    ("deepspeed-zero", {"attention_on_gpu": True, "kv_on_gpu": 1.0, "single": True}),
+)
+_MIXED = (8, 96, 24, 40, 16, 64, 32, 120)
+_SETTINGS: tuple[tuple[str, dict[str, Any]], ...] = (
+    # All five systems on the same requests, in batches of the same size.
+    ("slow link", {"n": 32, "mu": 8, "lens": (32,), "gen": 8, "link": 0.5e9}),
+    ("streaming", {"n": 64, "mu": 16, "lens": (32,), "gen": 10, "link": 2e9}),
+    ("fast link", {"n": 48, "mu": 12, "lens": (64,), "gen": 10, "link": 5e9}),
+    ("no pacing", {"n": 64, "mu": 16, "lens": (32,), "gen": 10, "link": None}),
+)
+_SINGLE: tuple[tuple[str, dict[str, Any]], ...] = (
+    ("half resident", {"n": 64, "mu": 16, "lens": (32,), "gen": 12, "link": 2e9, "weights_on_gpu": 0.5}),
+    ("all resident", {"n": 64, "mu": 32, "lens": (32,), "gen": 12, "link": 2e9, "weights_on_gpu": 1.0}),
+    ("one micro-batch", {"n": 16, "mu": 16, "lens": (64,), "gen": 12, "link": 2e9, "weights_on_gpu": 0.5}),
+    ("few sequences", {"n": 24, "mu": 4, "lens": (16,), "gen": 8, "link": 1e9}),
+    ("uneven prompts", {"n": 48, "mu": 16, "lens": _MIXED, "gen": 12, "link": 2e9, "weights_on_gpu": 0.25}),
+    ("pinned weights", {"n": 64, "mu": 16, "lens": (32,), "gen": 12, "link": 1e9, "pinned_weights": True}),
+    ("GPU attention", {"n": 32, "mu": 8, "lens": (64,), "gen": 12, "link": 2e9, "attention_on_gpu": True}),
+    (
+        "half the KV resident",
+        {"n": 32, "mu": 8, "lens": (64,), "gen": 12, "link": 1e9, "attention_on_gpu": True, "kv_on_gpu": 0.5},
+    ),
+    (
+        "experts on both",
+        {"n": 32, "mu": 8, "lens": (32,), "gen": 12, "link": 1e9, "ffn_on_gpu": False, "weights_on_gpu": 0.5},
+    ),
+)
+
+
 def validation_cases(
     planned: Policy, gen_len: int, lens: tuple[int, ...], pace: float | None, cuda: bool
 ) -> Iterator[Case]:
-    """The planned case, then a spread over batch, micro-batch, residency, lengths and link pace."""
+    """The planned case, the systems side by side, then a spread over residency, lengths, places and link pace."""
     yield Case(
         name="planned",
+        setting="planned",
         batch_size=planned.batch_size,
         micro_batch_size=planned.micro_batch_size,
         weights_on_gpu=planned.weights_on_gpu,
+        kv_on_gpu=planned.kv_on_gpu,
+        attention_on_gpu=planned.attention_on_gpu,
+        ffn_on_gpu=planned.ffn_on_gpu,
         prompt_lens=lens,
         gen_len=gen_len,
         link_bandwidth=pace,
     )
-    mixed = (8, 96, 24, 40, 16, 64, 32, 120)
-    table: list[tuple[str, int, int, float, tuple[int, ...], int, float | None]] = [
-        # name, N, mu, r_w, prompt lengths, gen_len, link
-        ("slow link", 32, 16, 0.0, (32,), 8, 0.5e9),
-        ("streaming", 64, 16, 0.0, (32,), 12, 2e9),
-        ("balanced", 64, 16, 0.0, (32,), 12, 1e9),
-        ("small micro-batches", 32, 8, 0.0, (32,), 12, 2e9),
-        ("half resident", 64, 16, 0.5, (32,), 12, 2e9),
-        ("all resident", 64, 32, 1.0, (32,), 12, 2e9),
-        ("one micro-batch", 16, 16, 0.5, (64,), 12, 2e9),
-        ("two micro-batches", 64, 32, 0.25, (16,), 12, 1e9),
-        ("long prompts", 32, 16, 0.5, (128,), 8, 2e9),
-        ("few sequences", 24, 4, 0.0, (16,), 8, 1e9),
-        ("no pacing", 64, 16, 0.0, (32,), 12, None),
-        ("slow, mostly resident", 48, 16, 0.75, (32,), 12, 0.5e9),
-        ("uneven prompts", 48, 16, 0.25, mixed, 12, 2e9),
-    ]
-    for name, n, mu, share, lengths, gen, link in table:
-        yield Case(
-            name=name,
-            batch_size=n,
-            micro_batch_size=mu,
-            weights_on_gpu=share,
-            prompt_lens=lengths,
-            gen_len=gen,
-            link_bandwidth=None if cuda else link,
-        )
+    for setting, options in _SETTINGS:
+        for system, places in _SYSTEMS:
+            name = setting if system == "moe-lightning" else f"{setting}, {system}"
+            yield _case(name, setting, {**options, **places, "system": system}, cuda)
+    for name, options in _SINGLE:
+        yield _case(name, name, dict(options), cuda)
+
+
+def _case(name: str, setting: str, options: dict[str, Any], cuda: bool) -> Case:
+    n, mu = options.pop("n"), options.pop("mu")
+    if options.pop("single", False):
+        mu = n
+    link = options.pop("link")
+    return Case(
+        name=name,
+        setting=setting,
+        batch_size=n,
+        micro_batch_size=mu,
+        prompt_lens=options.pop("lens"),
+        gen_len=options.pop("gen"),
+        link_bandwidth=None if cuda else link,
+        **options,
+    )
 
 
 QUICK = ("planned", "slow link", "streaming")

@@ -9,7 +9,27 @@ from typing import Any
 from hrm import Hardware
 from hrm.units import format_bandwidth, format_bytes, format_flops, format_seconds
 
-__all__ = ["render", "roofs", "write"]
+__all__ = ["ranking", "render", "roofs", "write"]
+
+_APART = 0.05
+"""Two systems that differ by less are not ranked."""
+
+
+def ranking(cases: list[dict[str, Any]]) -> dict[str, Any]:
+    """Pairs of systems in one setting whose measured throughput differs by more than 5 %, and how many of them the
+    prediction has in the right order."""
+    right, wrong = 0, []
+    for i, one in enumerate(cases):
+        for other in cases[i + 1 :]:
+            ratio = one["measured_tok_s"] / other["measured_tok_s"]
+            if one["setting"] != other["setting"] or max(ratio, 1 / ratio) <= 1 + _APART:
+                continue
+            if (ratio > 1) == (one["predicted_tok_s"] > other["predicted_tok_s"]):
+                right += 1
+            else:
+                wrong.append([one["name"], other["name"]])
+    pairs = right + len(wrong)
+    return {"pairs": pairs, "right": right, "share": right / pairs if pairs else None, "wrong": wrong}
 
 
 def roofs(machine: Hardware) -> dict[str, float]:
@@ -75,8 +95,8 @@ def render(result: dict[str, Any]) -> str:
         "",
     ]
     head = (
-        f"{'case':<22}{'N':>4}{'mu':>4}{'G':>3}{'r_w':>6}{'gen':>5}{'link':>10} |{'predicted':>10}{'measured':>10}"
-        f"{'error':>8} |{'prefill s':>13}{'decode s':>13} |{'link busy':>10}{'others':>8}  most off"
+        f"{'case':<27}{'N':>4}{'mu':>4}{'G':>3}{'r_w':>6}{'gen':>5}{'link':>10} |{'predicted':>10}{'measured':>10}"
+        f"{'error':>8} |{'prefill s':>13}{'decode s':>13} |{'link busy':>10}{'of bound':>9}{'others':>8}  most off"
     )
     lines += [head, "-" * len(head)]
     for row in result["cases"]:
@@ -84,10 +104,12 @@ def render(result: dict[str, Any]) -> str:
         prefill = f"{row['predicted_prefill_s']:.2f} {row['measured_prefill_s']:.2f}"
         decode = f"{row['predicted_decode_s']:.2f} {row['measured_decode_s']:.2f}"
         busy = f"{row['measured_utilization']['h2d']:.0%}"
+        share = row["share_of_bound"]
+        near = f"{share:.0%}" if share is not None else "-"
         lines.append(
-            f"{row['name']:<22}{row['batch_size']:>4}{row['micro_batch_size']:>4}{row['num_micro_batches']:>3}"
+            f"{row['name']:<27}{row['batch_size']:>4}{row['micro_batch_size']:>4}{row['num_micro_batches']:>3}"
             f"{row['weights_on_gpu']:>6.2f}{row['gen_len']:>5}{link:>10} |{row['predicted_tok_s']:>10.1f}"
-            f"{row['measured_tok_s']:>10.1f}{row['error']:>+8.1%} |{prefill:>13}{decode:>13} |{busy:>10}"
+            f"{row['measured_tok_s']:>10.1f}{row['error']:>+8.1%} |{prefill:>13}{decode:>13} |{busy:>10}{near:>9}"
             f"{row['cpu_taken_by_others']:>8.1%}  {row['most_off']} {row['most_off_s']:+.2f} s"
             + (" (disturbed)" if row["disturbed"] else "")
         )
@@ -96,6 +118,13 @@ def render(result: dict[str, Any]) -> str:
         f"tokens/s: mean absolute error {result['mean_abs_error']:.1%}, worst {result['worst_abs_error']:.1%} over "
         f"{len(result['cases'])} cases; prefill and decode columns: predicted, measured",
     ]
+    order = result["ranking"]
+    if order["pairs"]:
+        wrong = "; wrong: " + ", ".join(" / ".join(pair) for pair in order["wrong"]) if order["wrong"] else ""
+        lines.append(
+            f"ranking: {order['right']} of {order['pairs']} pairs of systems that differ by more than 5 % in one "
+            f"setting predicted in the right order{wrong}"
+        )
     quiet = result["undisturbed"]
     if 0 < quiet["cases"] < len(result["cases"]):
         lines.append(

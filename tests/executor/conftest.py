@@ -1,4 +1,4 @@
-"""A tiny Mixtral on disk, and transformers' own answers for it."""
+"""A tiny Mixtral on disk, transformers' own answers for it, and tiny models of every family."""
 
 from __future__ import annotations
 
@@ -10,6 +10,8 @@ import torch
 
 from executor.checkpoint import Checkpoint, make_checkpoint
 from hrm.catalog import model_config
+from tests.executor.family_configs import CONFIGS
+from tests.executor.reference_loop import from_pretrained
 
 Prompts = Sequence[Sequence[int]]
 
@@ -51,3 +53,28 @@ def reference(tiny_path: Path) -> Callable[[Prompts, int], list[list[int]]]:
         return [known[tuple(prompt)][:gen_len] for prompt in prompts]
 
     return answer
+
+
+@pytest.fixture(scope="session")
+def family_folder(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """A float32 checkpoint per config, as transformers saves it, with norms and biases that are not all alike."""
+    base = tmp_path_factory.mktemp("families")
+    known: dict[str, Path] = {}
+
+    def folder(name: str) -> Path:
+        if name not in known:
+            made = make_checkpoint(CONFIGS[name], base / f"{name}-made", seed=5)
+            model, info = from_pretrained(made, torch.float32)
+            assert not any(info.values())
+            generator = torch.Generator().manual_seed(11)
+            with torch.no_grad():
+                for key, weight in model.state_dict().items():
+                    if "norm" in key.split(".")[-2]:
+                        weight.add_(torch.randn(weight.shape, generator=generator), alpha=0.2)
+                    elif weight.dim() == 1:
+                        weight.mul_(3)
+            model.save_pretrained(base / name)
+            known[name] = base / name
+        return known[name]
+
+    return folder

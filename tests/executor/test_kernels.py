@@ -1,23 +1,19 @@
-"""Kernels agree with transformers' modules and with plain attention, and stay within their workspace."""
+"""Kernels agree with transformers' modules and with attention written out."""
 
 from __future__ import annotations
 
-import itertools
-import weakref
-from typing import Any
+from collections.abc import Sequence
 
 import pytest
 import torch
 import torch.nn.functional as F
-from torch.utils._python_dispatch import TorchDispatchMode
 
-from executor.checkpoint import Checkpoint
-from executor.generate import Executor
-from executor.kernels import ExpertWeights, causal_attention, decode_attention, moe_ffn
-from executor.memory import LayerPages
-from executor.runtime import BatchRun
-from hrm import MoEModel, Policy
-from hrm.pipeline import workspace_bytes
+from executor.kernels import ExpertWeights, causal_attention, moe_ffn
+
+
+def silu_gate(gate_up: torch.Tensor) -> torch.Tensor:
+    gate, up = gate_up.chunk(2, dim=-1)
+    return F.silu(gate) * up
 
 
 @pytest.mark.parametrize("tokens", [1, 3, 17, 200])
@@ -35,131 +31,91 @@ def test_dynamic_gating_equals_transformers_experts(tokens: int) -> None:
     x = torch.randn(tokens, 24)
     weight, index = torch.rand(tokens, 6).softmax(-1).topk(3)
     experts = [ExpertWeights([module.gate_up_proj[e]], [module.down_proj[e]]) for e in range(6)]
-    ours = moe_ffn(x, index, weight, experts, F.silu)
+    ours = moe_ffn(x, index, weight, experts, silu_gate)
     torch.testing.assert_close(ours, module(x, index, weight), rtol=1e-5, atol=1e-4)
 
 
-@pytest.mark.parametrize("share", [0.0, 0.01, 0.3, 0.5, 0.77, 1.0])
-def test_split_experts_compute_the_same(share: float) -> None:
-    """An expert cut between resident and streamed weights gives the whole expert's result."""
-    model = MoEModel.from_catalog("mixtral-tiny")
+@pytest.mark.parametrize("biased", [False, True])
+def test_experts_in_blocks_compute_the_same(biased: bool) -> None:
+    """An expert whose matrices are cut between rows gives the whole expert's result, with and without biases."""
     torch.manual_seed(0)
-    flat = torch.randn(model.num_experts * model.expert_parameters)
-    pages = LayerPages.cut(model, share, 3)
-    assert pages.resident <= share * flat.numel() + 1e-6
-    assert share * flat.numel() - pages.resident < max(model.hidden_size, model.intermediate_size)
-    cut = pages.experts(flat[: pages.resident].clone(), flat[pages.resident :].clone())
-    whole = LayerPages(model, 0, 1).experts(flat[:0], flat)
-    x = torch.randn(5, model.hidden_size)
-    weight, index = torch.rand(5, model.num_experts).topk(2)
-    torch.testing.assert_close(
-        moe_ffn(x, index, weight, cut, F.silu), moe_ffn(x, index, weight, whole, F.silu), rtol=1e-5, atol=1e-3
-    )
+    whole, cut = [], []
+    for _ in range(4):
+        gate_up, down = torch.randn(20, 12), torch.randn(12, 10)
+        biases = (torch.randn(20), torch.randn(12)) if biased else (None, None)
+        whole.append(ExpertWeights([gate_up], [down], *biases))
+        cut.append(ExpertWeights([gate_up[:13], gate_up[13:]], [down[:5], down[5:]], *biases))
+    x = torch.randn(9, 12)
+    weight, index = torch.rand(9, 4).topk(2)
+    ours, theirs = (moe_ffn(x, index, weight, experts, silu_gate) for experts in (cut, whole))
+    torch.testing.assert_close(ours, theirs)
 
 
-@pytest.mark.parametrize("pages", [1, 2, 5, 64])
-def test_pages_cover_the_streamed_part(pages: int) -> None:
-    """Pages follow each other without gap or overlap, and each expert's pages hold all of it."""
-    model = MoEModel.from_catalog("mixtral-tiny")
-    cut = LayerPages.cut(model, 0.41, pages)
-    bounds = [cut.bounds(p) for p in range(pages)]
-    assert bounds[0][0] == 0 and bounds[-1][1] == cut.streamed
-    assert all(a[1] == b[0] for a, b in itertools.pairwise(bounds))
-    assert max(b - a for a, b in bounds) == cut.longest_page <= cut.streamed // pages + 1
-    for expert in range(model.num_experts):
-        first = max(0, expert * model.expert_parameters - cut.resident)
-        last = max(0, (expert + 1) * model.expert_parameters - cut.resident)
-        held = cut.pages_of(expert)
-        if last > first:
-            assert bounds[held[0]][0] <= first and bounds[held[-1]][1] >= last
-        else:
-            assert len(held) == 0
-
-
-@pytest.mark.parametrize("groups", [1, 4])
-def test_decode_attention_equals_plain_softmax(groups: int) -> None:
-    """Folded grouped-query attention with a length mask equals softmax(QK)V written out."""
+def test_experts_elsewhere_add_nothing() -> None:
+    """What two halves of the experts compute adds up to the result of all."""
     torch.manual_seed(1)
-    n, kv, d, context = 3, 2, 8, 11
-    q = torch.randn(n, kv * groups, d)
-    k, v = torch.randn(2, n, kv, context, d)
-    lengths = torch.tensor([11, 4, 1])
-    mask = torch.zeros(n, 1, 1, context)
-    mask.masked_fill_(torch.arange(context)[None, None, None] >= lengths[:, None, None, None], float("-inf"))
-    out = torch.empty_like(q)
-    decode_attention(q, k, v, mask, out)
-    for i in range(n):
-        for head in range(kv * groups):
-            keys, values = k[i, head // groups, : lengths[i]], v[i, head // groups, : lengths[i]]
-            plain = (keys @ q[i, head] / d**0.5).softmax(0) @ values
-            torch.testing.assert_close(out[i, head], plain)
+    experts = [ExpertWeights([torch.randn(20, 12)], [torch.randn(12, 10)]) for _ in range(4)]
+    x = torch.randn(9, 12)
+    weight, index = torch.rand(9, 4).topk(2)
+    halves = [
+        moe_ffn(x, index, weight, [e if i % 2 == odd else None for i, e in enumerate(experts)], silu_gate)
+        for odd in (0, 1)
+    ]
+    torch.testing.assert_close(halves[0] + halves[1], moe_ffn(x, index, weight, experts, silu_gate))
 
 
-def test_causal_attention_keeps_sequences_apart() -> None:
-    """Packed sequences of different lengths attend to themselves only, causally."""
+def test_a_dense_ffn_is_one_expert() -> None:
+    """One expert gets every token with weight one, also more tokens than it takes at a time."""
     torch.manual_seed(2)
-    lengths = [5, 5, 3, 1]
-    q, k, v = torch.randn(14, 4, 8), torch.randn(14, 2, 8), torch.randn(14, 2, 8)
-    packed = causal_attention(q, k, v, lengths)
-    start = 0
+    expert = ExpertWeights([torch.randn(20, 12)], [torch.randn(12, 10)])
+    x = torch.randn(4100, 12)
+    index, weight = torch.zeros(4100, 1, dtype=torch.long), torch.ones(4100, 1)
+    plain = silu_gate(x @ expert.gate_up[0].T) @ expert.down[0].T
+    torch.testing.assert_close(moe_ffn(x, index, weight, [expert], silu_gate), plain, rtol=1e-4, atol=1e-4)
+
+
+def written_out(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    lengths: Sequence[int],
+    scale: float,
+    window: int | None,
+    sinks: torch.Tensor | None,
+) -> torch.Tensor:
+    """Softmax over what each token sees, in double precision."""
+    out, start, groups = [], 0, q.shape[1] // k.shape[1]
     for length in lengths:
-        s = slice(start, start + length)
-        for t in range(length):
-            for head in range(4):
-                keys, values = k[s][: t + 1, head // 2], v[s][: t + 1, head // 2]
-                plain = (keys @ q[s][t, head] / 8**0.5).softmax(0) @ values
-                torch.testing.assert_close(packed[s][t, head * 8 : head * 8 + 8], plain)
+        part = slice(start, start + length)
+        keys, values = (t[part].double().repeat_interleave(groups, dim=1).transpose(0, 1) for t in (k, v))
+        back = torch.arange(length)[:, None] - torch.arange(length)
+        hidden = (back < 0) | (back >= (window or length))
+        scores = (q[part].double().transpose(0, 1) @ keys.transpose(1, 2) * scale).masked_fill(hidden, float("-inf"))
+        if sinks is not None:
+            scores = torch.cat([scores, sinks.double()[:, None, None].expand(-1, length, 1)], dim=2)
+        chances = scores.softmax(dim=2)[..., :length]
+        out.append((chances @ values).transpose(0, 1).reshape(length, -1))
         start += length
+    return torch.cat(out)
 
 
-class LiveBytes(TorchDispatchMode):
-    """Counts the bytes of storages that operators allocate and that are still alive."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.live = self.peak = 0
-        self._known: set[int] = set()
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        out = func(*args, **(kwargs or {}))
-        inputs = {t.untyped_storage()._cdata for t in args if isinstance(t, torch.Tensor)}
-        for tensor in out if isinstance(out, tuple | list) else [out]:
-            if isinstance(tensor, torch.Tensor):
-                storage = tensor.untyped_storage()
-                key = storage._cdata
-                if key not in inputs and key not in self._known:
-                    self._known.add(key)
-                    self.live += storage.nbytes()
-                    self.peak = max(self.peak, self.live)
-                    weakref.finalize(tensor, self._drop, key, storage.nbytes())
-        return out
-
-    def _drop(self, key: int, size: int) -> None:
-        if key in self._known:
-            self._known.discard(key)
-            self.live -= size
+@pytest.mark.parametrize("with_sinks", [False, True])
+@pytest.mark.parametrize("window", [None, 1, 4, 300])
+@pytest.mark.parametrize(("dim", "value_dim"), [(8, 8), (24, 16)])
+def test_causal_attention(dim: int, value_dim: int, window: int | None, with_sinks: bool) -> None:
+    """Packed sequences of different lengths attend to themselves, causally, within the window, with a sink or not."""
+    torch.manual_seed(3)
+    lengths = [700, 5, 5, 4, 3, 1]
+    q, k, v = (torch.randn(sum(lengths), *shape) for shape in ((6, dim), (2, dim), (2, value_dim)))
+    sinks = torch.randn(6) * 2 if with_sinks else None
+    ours = causal_attention(q, k, v, lengths, scale=0.4, window=window, sinks=sinks)
+    theirs = written_out(q, k, v, lengths, 0.4, window, sinks)
+    torch.testing.assert_close(ours.double(), theirs, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize(("sequences", "length"), [(1, 1), (4, 3), (16, 24), (3, 90)])
-def test_kernels_stay_within_the_workspace(tiny: Checkpoint, sequences: int, length: int) -> None:
-    """Temporaries of every device task fit into what the footprint reserves for them."""
-    policy = Policy(batch_size=sequences, micro_batch_size=sequences)
-    executor = Executor(tiny, policy, max_tokens=length + 2, device=torch.device("cpu"))
-    prompts = [[(7 * i + j) % 256 for j in range(length)] for i in range(sequences)]
-    run = BatchRun(
-        tiny,
-        [prompts],
-        2,
-        memory=executor.memory,
-        weights=executor.weights,
-        dense=executor.dense,
-        link_bandwidth=None,
-    )
-    with torch.no_grad(), LiveBytes() as live:
-        run.prefill(0, 0, 0, 0.0)
-        run.sample(0, 0, 0, 0.0)
-        run.pre_attention(1, 0, 0, 0.0)
-        run.post_attention(1, 0, 0, 0.0)
-        run.sample(1, 0, 0, 0.0)
-    room = float(workspace_bytes(tiny.model, sequences * length, sequences))
-    assert 0 < live.peak <= room
+def test_causal_attention_scales_by_the_width_of_keys() -> None:
+    """Without a scale the scores are divided by the square root of d, whatever the width of the values."""
+    torch.manual_seed(4)
+    q, k, v = torch.randn(7, 4, 16), torch.randn(7, 2, 16), torch.randn(7, 2, 8)
+    theirs = written_out(q, k, v, [7], 0.25, None, None)
+    torch.testing.assert_close(causal_attention(q, k, v, [7]).double(), theirs, rtol=1e-4, atol=1e-5)

@@ -57,7 +57,10 @@ def test_progress_is_reported_per_task() -> None:
     schedule = cgopipe(num_layers=2, num_micro_batches=2, decode_steps=1)
     seen: list[tuple[Op, int]] = []
     run_lanes(
-        schedule, {op: (lambda *_: None) for op in Op}, device=CPU, on_done=lambda op, step: seen.append((op, step))
+        schedule,
+        {op: (lambda *_: None) for op in Op},
+        device=CPU,
+        on_done=lambda op, step, seconds: seen.append((op, step)),
     )
     assert len(seen) == len(schedule)
     assert sorted(step for op, step in seen if op is Op.SAMPLE) == [0, 0, 1, 1]

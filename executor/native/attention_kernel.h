@@ -1,0 +1,370 @@
+// Decode attention in terms of the vectors of one variant. Included once per variant, inside its namespace.
+//
+// Softmax is taken to base 2: queries carry scale * log2(e). Tokens go block by block with a running maximum; what was
+// summed before is rescaled when the maximum grows.
+
+constexpr int P = 2 * W;  // elements that are loaded at once: two vectors, whose order is the data type's own matter
+constexpr int kTokens = 4;  // tokens that are scored in registers at once
+constexpr int kNear = 8;  // tokens whose keys all heads of a group see before the next ones
+constexpr int kKeysAhead = 8, kValuesAhead = 16;  // how many rows before their use they are asked for
+constexpr float kLog2e = 1.44269504088896341f;
+
+// 2^x for x <= 0, to about one unit in the last place; at least 2^-126.
+INLINE V exp2_of(V x) {
+    V power;
+    x = maximum(set1(-126.0f), x);
+    const V f = x - rounded(x, power);
+    // Taylor's series of exp(f ln 2); |f| <= 1/2.
+    V y = set1(1.5403530393e-4f);
+    y = fma(y, f, set1(1.3333558146e-3f));
+    y = fma(y, f, set1(9.6181291076e-3f));
+    y = fma(y, f, set1(5.5504108665e-2f));
+    y = fma(y, f, set1(2.4022650696e-1f));
+    y = fma(y, f, set1(6.9314718056e-1f));
+    y = fma(y, f, set1(1.0f));
+    return y * power;
+}
+
+// The last elements of a row, where fewer than P are left; the rest is zero.
+template <class D>
+INLINE void load_tail(const typename D::T* at, int64_t count, V& a, V& b) {
+    alignas(64) typename D::T whole[P] = {};
+    std::memcpy(whole, at, count * sizeof(typename D::T));
+    D::load2(whole, a, b);
+}
+
+// `size` elements as floats in the order of load2, times `factor`.
+template <class D>
+static void convert(const typename D::T* from, int64_t size, float factor, float* to) {
+    const V f = set1(factor);
+    V a, b;
+    int64_t i = 0;
+    for (; i + P <= size; i += P) {
+        D::load2(from + i, a, b);
+        store(to + i, a * f), store(to + i + W, b * f);
+    }
+    if (i < size) {
+        load_tail<D>(from + i, size - i, a, b);
+        store(to + i, a * f), store(to + i + W, b * f);
+    }
+}
+
+// Back from the order of load2, times `factor`.
+template <class D>
+static void write(const float* from, int64_t size, float factor, typename D::T* to) {
+    const V f = set1(factor);
+    int64_t i = 0;
+    for (; i + P <= size; i += P) D::store2(to + i, load(from + i) * f, load(from + i + W) * f);
+    if (i < size) {
+        alignas(64) typename D::T whole[P];
+        D::store2(whole, load(from + i) * f, load(from + i + W) * f);
+        std::memcpy(to + i, whole, (size - i) * sizeof(typename D::T));
+    }
+}
+
+// Asks for what one load2 of some row will want.
+template <class D>
+INLINE void ask_for(const typename D::T* at) {
+    for (int i = 0; i < P; i += kCacheLine / static_cast<int>(sizeof(*at))) __builtin_prefetch(at + i, 0, 3);
+}
+
+// Rows of one head in a block of tokens. `gap` elements lie between the block's end and the rows that come next.
+template <class D>
+struct Rows {
+    const typename D::T* at;
+    int64_t stride, count, gap;
+
+    const typename D::T* operator[](int64_t t) const { return at + t * stride; }
+    // From row t to the one that is used `by` rows later.
+    int64_t ahead(int64_t t, int64_t by) const { return by * stride + (t + by < count ? 0 : gap); }
+    Rows shifted(int64_t elements) const { return {at + elements, stride, count, gap}; }
+};
+
+// scores[h][t] = queries[h] . keys[t] for H heads and four tokens from `first` on; `dim` is a multiple of P.
+template <class D, int H, bool Ahead>
+INLINE void score_tile(const float* queries, int64_t query_stride, const Rows<D>& keys, int64_t first, int64_t dim,
+                       float* scores) {
+    // Behind the last token it is read again; softmax hides what comes of it.
+    const typename D::T* row[kTokens];
+    for (int t = 0; t < kTokens; ++t) row[t] = keys[first + t < keys.count ? first + t : keys.count - 1];
+    const int64_t ahead = keys.ahead(first, kKeysAhead);
+    V sum[H][kTokens];
+    for (int h = 0; h < H; ++h)
+        for (int t = 0; t < kTokens; ++t) sum[h][t] = set1(0.0f);
+    for (int64_t i = 0; i < dim; i += P) {
+        V qa[H], qb[H];
+        for (int h = 0; h < H; ++h)
+            qa[h] = load(queries + h * query_stride + i), qb[h] = load(queries + h * query_stride + i + W);
+        for (int t = 0; t < kTokens; ++t) {
+            V a, b;
+            D::load2(row[t] + i, a, b);
+            if (Ahead) ask_for<D>(row[t] + ahead + i);
+            for (int h = 0; h < H; ++h) sum[h][t] = fma(qb[h], b, fma(qa[h], a, sum[h][t]));
+        }
+    }
+    for (int h = 0; h < H; ++h) sums4(sum[h][0], sum[h][1], sum[h][2], sum[h][3], scores + h * kBlock + first);
+}
+
+template <class D, int H, bool Ahead>
+static void score_heads(const float* queries, int64_t query_stride, const Rows<D>& keys, int64_t first, int64_t last,
+                        int64_t dim, float* scores) {
+    for (int64_t t = first; t < last; t += kTokens)
+        score_tile<D, H, Ahead>(queries, query_stride, keys, t, dim, scores);
+}
+
+// Scores of a block for one key head and the `group` query heads that share it. A few tokens at a time, so that their
+// keys stay in the nearest cache while all heads pass by.
+template <class D, bool Ahead>
+static void score(const float* queries, int64_t query_stride, int64_t group, const Rows<D>& keys, int64_t dim,
+                  float* scores, Prefetch& prefetch) {
+    for (int64_t t = 0; t < keys.count; t += kNear) {
+        const int64_t last = t + kNear < keys.count ? t + kNear : keys.count;
+        int64_t h = 0;
+        for (; h + kHeads <= group; h += kHeads) {
+            score_heads<D, kHeads, Ahead>(queries + h * query_stride, query_stride, keys, t, last, dim,
+                                             scores + h * kBlock);
+            prefetch.step();
+        }
+        for (; h < group; ++h)
+            score_heads<D, 1, Ahead>(queries + h * query_stride, query_stride, keys, t, last, dim,
+                                        scores + h * kBlock);
+        prefetch.step();
+    }
+}
+
+// Greatest score of each of H heads.
+template <int H>
+INLINE void block_maxima(const float* scores, int64_t count, float* tops) {
+    V top[4];
+    for (int h = 0; h < 4; ++h) top[h] = set1(0.0f);
+    for (int h = 0; h < H; ++h) {
+        top[h] = load(scores + h * kBlock);
+        for (int64_t t = W; t < count; t += W) top[h] = maximum(load(scores + h * kBlock + t), top[h]);
+    }
+    maxima4(top[0], top[1], top[2], top[3], tops);
+}
+
+// Scores of H heads to weights, in place, and their sums.
+template <int H>
+INLINE void block_weights(float* scores, int64_t count, const float* peaks, float* sums) {
+    V sum[4];
+    for (int h = 0; h < 4; ++h) sum[h] = set1(0.0f);
+    for (int h = 0; h < H; ++h) {
+        const V peak = set1(peaks[h]);
+        for (int64_t t = 0; t < count; t += W) {
+            const V weight = exp2_of(load(scores + h * kBlock + t) - peak);
+            store(scores + h * kBlock + t, weight);
+            sum[h] += weight;
+        }
+    }
+    sums4(sum[0], sum[1], sum[2], sum[3], sums);
+}
+
+// Scores to weights, in place; maxima, denominators, and by how much earlier sums shrink. The arrays over heads have
+// room for whole vectors.
+static void softmax(float* scores, int64_t group, int64_t count, float* maxima, float* denominators, float* rescale,
+                    float* found) {
+    const int64_t whole = (count + W - 1) / W * W;
+    for (int64_t h = 0; h < group; ++h)
+        for (int64_t t = count; t < whole; ++t) scores[h * kBlock + t] = -__builtin_inff();
+    int64_t h = 0;
+    for (; h + 4 <= group; h += 4) block_maxima<4>(scores + h * kBlock, whole, found + h);
+    for (; h < group; ++h) block_maxima<1>(scores + h * kBlock, whole, found + h);
+    for (h = 0; h < group; h += W) {
+        const V before = load(maxima + h), now = maximum(load(found + h), before);
+        store(rescale + h, exp2_of(before - now));
+        store(maxima + h, now);
+    }
+    for (h = 0; h + 4 <= group; h += 4) block_weights<4>(scores + h * kBlock, whole, maxima + h, found + h);
+    for (; h < group; ++h) block_weights<1>(scores + h * kBlock, whole, maxima + h, found + h);
+    for (h = 0; h < group; h += W)
+        store(denominators + h, fma(load(denominators + h), load(rescale + h), load(found + h)));
+}
+
+// sums[h] = rescale[h] * sums[h] + weights[h] . values for H heads and C elements times two vectors.
+template <class D, int H, int C, bool Ahead>
+static void value_tile(const float* weights, const float* rescale, const Rows<D>& values, float* sums,
+                       int64_t sum_stride) {
+    V sum[H][2 * C];
+    for (int h = 0; h < H; ++h)
+        for (int c = 0; c < 2 * C; ++c) sum[h][c] = set1(0.0f);
+    const typename D::T* row = values.at;
+    for (int64_t t = 0; t < values.count; ++t, row += values.stride) {
+        V weight[H];
+        for (int h = 0; h < H; ++h) weight[h] = set1(weights[h * kBlock + t]);
+        const int64_t ahead = values.ahead(t, kValuesAhead);
+        for (int c = 0; c < C; ++c) {
+            V a, b;
+            D::load2(row + c * P, a, b);
+            if (Ahead) ask_for<D>(row + ahead + c * P);
+            for (int h = 0; h < H; ++h) {
+                sum[h][2 * c] = fma(weight[h], a, sum[h][2 * c]);
+                sum[h][2 * c + 1] = fma(weight[h], b, sum[h][2 * c + 1]);
+            }
+        }
+    }
+    for (int h = 0; h < H; ++h)
+        for (int c = 0; c < 2 * C; ++c) {
+            float* at = sums + h * sum_stride + c * W;
+            store(at, fma(load(at), set1(rescale[h]), sum[h][c]));
+        }
+}
+
+template <class D, int C, bool Ahead>
+INLINE void value_column(const float* weights, const float* rescale, int64_t group,
+                         const Rows<D>& values, float* sums, int64_t sum_stride, Prefetch& prefetch) {
+    int64_t h = 0;
+    for (; h + kHeads <= group; h += kHeads) {
+        value_tile<D, kHeads, C, Ahead>(weights + h * kBlock, rescale + h, values, sums + h * sum_stride, sum_stride);
+        prefetch.step();
+    }
+    for (; h < group; ++h)
+        value_tile<D, 1, C, Ahead>(weights + h * kBlock, rescale + h, values, sums + h * sum_stride, sum_stride);
+    prefetch.step();
+}
+
+// Weighted values of a block for one value head; `dim` is a multiple of P.
+template <class D, bool Ahead>
+static void add_values(const float* weights, const float* rescale, int64_t group, const Rows<D>& values, int64_t dim,
+                       float* sums, int64_t sum_stride, Prefetch& prefetch) {
+    int64_t i = 0;
+    for (; i + 2 * P <= dim; i += 2 * P)
+        value_column<D, 2, Ahead>(weights, rescale, group, values.shifted(i), sums + i, sum_stride, prefetch);
+    if (i < dim)
+        value_column<D, 1, Ahead>(weights, rescale, group, values.shifted(i), sums + i, sum_stride, prefetch);
+}
+
+// One block of tokens for all heads; `after` are the rows that come next.
+template <class D>
+static void attend_block(const Problem& p, const Buffers& buffers, const State& state, const typename D::T* rows,
+                         int64_t count, const typename D::T* after, Prefetch& prefetch) {
+    const int64_t group = p.group(), key_stride = padded(p.key_dim), value_stride = padded(p.value_dim);
+    const int64_t gap = (after - rows) - count * p.kv_stride;
+    // Converted once where many heads read the same numbers, and where a head ends within a vector.
+    const bool staged = p.staged(P, sizeof(typename D::T));
+    for (int64_t g = 0; g < p.kv_heads; ++g) {
+        const int64_t first = g * group, value_at = p.value_offset + g * p.value_dim;
+        const float* queries = buffers.queries + first * key_stride;
+        float* sums = state.sums + first * value_stride;
+        float* maxima = state.maxima + g * padded(group);
+        float* denominators = state.denominators + g * padded(group);
+        const Rows<D> keys{rows + g * p.key_dim, p.kv_stride, count, gap};
+        const Rows<D> values = keys.shifted(value_at - g * p.key_dim);
+        if (staged) {
+            const bool shared = p.values_in_keys();
+            for (int64_t t = 0; t < count; ++t) {
+                convert<D>(keys[t], p.key_dim, 1.0f, buffers.keys + t * key_stride);
+                if (!shared) convert<D>(values[t], p.value_dim, 1.0f, buffers.values + t * value_stride);
+            }
+            const int64_t key_dim = (p.key_dim + P - 1) / P * P, value_dim = (p.value_dim + P - 1) / P * P;
+            const Rows<F32> near_keys{buffers.keys, key_stride, count, 0};
+            const Rows<F32> near_values{buffers.values, value_stride, count, 0};
+            score<F32, false>(queries, key_stride, group, near_keys, key_dim, buffers.scores, prefetch);
+            softmax(buffers.scores, group, count, maxima, denominators, buffers.rescale, buffers.found);
+            add_values<F32, false>(buffers.scores, buffers.rescale, group, shared ? near_keys : near_values,
+                                   value_dim, sums, value_stride, prefetch);
+        } else {
+            score<D, true>(queries, key_stride, group, keys, p.key_dim, buffers.scores, prefetch);
+            softmax(buffers.scores, group, count, maxima, denominators, buffers.rescale, buffers.found);
+            add_values<D, true>(buffers.scores, buffers.rescale, group, values, p.value_dim, sums, value_stride,
+                                prefetch);
+        }
+    }
+}
+
+// Sums to the row of output: divided by the denominator, to which a sink adds one more term.
+template <class D>
+static void finish(const Problem& p, const State& state, int64_t sequence) {
+    typename D::T* out = static_cast<typename D::T*>(p.out) + sequence * p.out_stride;
+    for (int64_t h = 0; h < p.heads; ++h) {
+        const int64_t at = p.place(h);
+        float factor = 1.0f / state.denominators[at];
+        if (p.sinks) {
+            const float sink = p.sinks[h] * kLog2e, peak = state.maxima[at];
+            // Relative to the greater of the two, so that neither overflows.
+            factor = sink > peak ? __builtin_exp2f(peak - sink) /
+                                       (state.denominators[at] * __builtin_exp2f(peak - sink) + 1.0f)
+                                 : 1.0f / (state.denominators[at] + __builtin_exp2f(sink - peak));
+        }
+        write<D>(state.sums + h * padded(p.value_dim), p.value_dim, factor, out + h * p.value_dim);
+    }
+}
+
+// Adds the second state to the first.
+static void merge(const Problem& p, const State& into, const State& from) {
+    const int64_t size = padded(p.value_dim);
+    for (int64_t h = 0; h < p.heads; ++h) {
+        const int64_t at = p.place(h);
+        const float peak = from.maxima[at] > into.maxima[at] ? from.maxima[at] : into.maxima[at];
+        const float mine = __builtin_exp2f(into.maxima[at] - peak), theirs = __builtin_exp2f(from.maxima[at] - peak);
+        float *a = into.sums + h * size, *b = from.sums + h * size;
+        for (int64_t i = 0; i < size; i += W)
+            store(a + i, fma(load(a + i), set1(mine), load(b + i) * set1(theirs)));
+        into.denominators[at] = into.denominators[at] * mine + from.denominators[at] * theirs;
+        into.maxima[at] = peak;
+    }
+}
+
+// Takes pieces until none is left.
+template <class D>
+static void work(Job& job, float* scratch) {
+    using T = typename D::T;
+    const Problem& p = job.problem;
+    const Buffers buffers(p, scratch);
+    const int64_t pieces = job.pieces.size(), key_stride = padded(p.key_dim);
+    const int64_t tiles = p.staged(P, sizeof(T)) ? p.kv_heads * (p.group() / kHeads + 1) : 0;
+    const int64_t head_end = p.kv_heads * p.key_dim, value_end = p.value_offset + p.kv_heads * p.value_dim;
+    const int64_t row_bytes = (head_end > value_end ? head_end : value_end) * sizeof(T);
+    const T* kv = static_cast<const T*>(p.kv);
+    int64_t index = job.claim(), converted = -1;
+    while (index < pieces) {
+        const Piece piece = job.pieces[index];
+        int64_t next = 0;
+        if (piece.sequence != converted) {
+            const T* q = static_cast<const T*>(p.q) + piece.sequence * p.q_stride;
+            for (int64_t h = 0; h < p.heads; ++h)
+                convert<D>(q + h * p.key_dim, p.key_dim, p.scale * kLog2e, buffers.queries + h * key_stride);
+            converted = piece.sequence;
+        }
+        const State state(p, piece.part < 0 ? buffers.state : job.parts + piece.part * part_floats(p));
+        std::memset(state.sums, 0, p.heads * padded(p.value_dim) * sizeof(float));
+        for (int64_t i = 0; i < p.places(); ++i) state.maxima[i] = -__builtin_inff(), state.denominators[i] = 0.0f;
+        const T* rows = kv + (p.starts[piece.sequence] + piece.first) * p.kv_stride;
+        for (int64_t t = 0; t < piece.count; t += kBlock) {
+            const int64_t count = piece.count - t < kBlock ? piece.count - t : kBlock;
+            int64_t ahead = piece.count - t - count;
+            const T* ahead_rows = rows + (t + count) * p.kv_stride;
+            if (ahead == 0) {
+                next = job.claim();
+                if (next < pieces) {
+                    const Piece& other = job.pieces[next];
+                    ahead = other.count;
+                    ahead_rows = kv + (p.starts[other.sequence] + other.first) * p.kv_stride;
+                }
+            }
+            if (next >= pieces) ahead_rows = rows;
+            const int64_t steps =
+                tiles * ((count + kNear - 1) / kNear + (p.value_dim + 2 * P - 1) / (2 * P));
+            Prefetch prefetch(ahead_rows, ahead < kBlock ? ahead : kBlock, row_bytes, p.kv_stride * sizeof(T), steps);
+            attend_block<D>(p, buffers, state, rows + t * p.kv_stride, count, ahead_rows, prefetch);
+        }
+        if (piece.part < 0) {
+            finish<D>(p, state, piece.sequence);
+        } else {
+            Cut& cut = job.cuts[piece.sequence];
+            if (cut.left.fetch_sub(1, std::memory_order_acq_rel) == 1) {
+                const State whole(p, job.parts + cut.part * part_floats(p));
+                for (int64_t i = 1; i < cut.pieces; ++i)
+                    merge(p, whole, State(p, job.parts + (cut.part + i) * part_floats(p)));
+                finish<D>(p, whole, piece.sequence);
+            }
+        }
+        index = next;
+    }
+}
+
+static void work_on(int type, Job& job, float* scratch) {
+    if (type == 0) work<F32>(job, scratch);
+    if (type == 1) work<BF16>(job, scratch);
+    if (type == 2) work<F16>(job, scratch);
+}

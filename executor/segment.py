@@ -1,0 +1,89 @@
+"""What a schedule is run on: the requests of each micro-batch, where their rows lie, and which tokens they have."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+
+from executor.kv_cache import Request
+from hrm.pipeline import BatchShape
+from simulator.task import Schedule
+
+__all__ = ["Part", "Segment"]
+
+
+class Part:
+    """The requests of one micro-batch while a segment runs; those whose KV lies on the device come first."""
+
+    def __init__(self, requests: Sequence[Request], *, prefill: bool) -> None:
+        self.requests = sorted(requests, key=lambda request: not request.on_device)
+        self.size = len(self.requests)
+        self.on_device = sum(request.on_device for request in self.requests)
+        self.lengths = [len(request.prompt) for request in self.requests]
+        self.tokens = sum(self.lengths)
+        # In a segment that begins with prefill, decoding goes on from the prompt.
+        cached = self.lengths if prefill else [request.cached for request in self.requests]
+        self._cached = torch.tensor(cached, dtype=torch.int64)
+        self._last_row = torch.tensor([request.room - 1 for request in self.requests], dtype=torch.int64)
+        self._starts: dict[int | None, torch.Tensor] = {}
+        self._views: dict[tuple[int, int | None], tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = {}
+
+    def positions(self, decoded: int) -> torch.Tensor:
+        """Position of the token that each request feeds in after `decoded` tokens of this segment, [n].
+
+        A request that has ended stays at its last place until the segment is over.
+        """
+        return torch.minimum(self._cached + decoded, self._last_row)
+
+    def starts(self, window: int | None) -> torch.Tensor:
+        """First row of each request's run, [n]."""
+        if window not in self._starts:
+            self._starts[window] = torch.tensor([r.starts[window] for r in self.requests], dtype=torch.int64)
+        return self._starts[window]
+
+    def rows(self, decoded: int, window: int | None) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Where the new token goes in its run, how many rows attention then sees, and how many were there before.
+
+        Returns
+        -------
+        slot, visible, past : Tensor, [n]
+        """
+        key = (decoded, window)
+        if key not in self._views:
+            # Layers share these; those of the step before are not asked for again.
+            self._views = {k: v for k, v in self._views.items() if k[0] >= decoded - 1}
+            position = self.positions(decoded)
+            if window is None:
+                self._views[key] = (position, position + 1, position)
+            else:
+                self._views[key] = (
+                    position % window,
+                    (position + 1).clamp(max=window),
+                    position.clamp(max=window),
+                )
+        return self._views[key]
+
+    @cached_property
+    def shape(self) -> tuple[int, ...]:
+        """Tokens in each request's cache at the beginning (of prefill: to be), longest first; one for nobody."""
+        lengths = tuple(sorted((int(n) for n in self._cached), reverse=True))
+        return lengths or (1,)
+
+
+@dataclass(frozen=True)
+class Segment:
+    """A schedule and the requests that it works on."""
+
+    schedule: Schedule
+    parts: list[Part]
+    prefill: bool
+    steps: int
+    """Tokens that every request gets: decode steps, and one from prefill."""
+
+    @property
+    def shape(self) -> BatchShape:
+        """What the simulator would be told."""
+        return BatchShape(tuple(part.shape for part in self.parts), max(1, self.schedule.num_steps))

@@ -1,0 +1,69 @@
+"""Grouped GEMM gives what one GEMM per expert gives, wherever the border between resident and streamed weights lies."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from executor.grouped_experts import grouped_ffn, has_grouped_mm
+from executor.kernels import moe_ffn
+from executor.weights import LayerWeights
+from hrm.layers import FeedForward
+
+HIDDEN, INNER = 32, 16
+
+
+def gated(gate_up: torch.Tensor) -> torch.Tensor:
+    gate, up = gate_up.chunk(2, dim=-1)
+    return torch.nn.functional.silu(gate) * up
+
+
+@given(
+    st.integers(2, 9), st.integers(1, 3), st.integers(1, 40), st.floats(0, 1), st.booleans(), st.sampled_from([0, 1, 2])
+)
+@settings(deadline=None, max_examples=60)
+def test_groups_equal_single_experts(experts: int, k: int, tokens: int, share: float, bias: bool, part: int) -> None:
+    """All experts, only the resident ones, or only the others: the same sums."""
+    ffn = FeedForward(
+        hidden_size=HIDDEN,
+        intermediate_size=INNER,
+        num_experts=experts,
+        top_k=min(k, experts),
+        expert_other_parameters=2 * INNER + HIDDEN if bias else 0,
+    )
+    generator = torch.Generator().manual_seed(experts * tokens)
+    plan = LayerWeights.cut(ffn, (), share, whole_experts=part > 0)
+    flat = torch.randn(ffn.experts_parameters, generator=generator) * 0.3
+    resident = flat[: plan.resident] if part in (0, 1) else None
+    rest = flat[plan.resident :] if part in (0, 2) else None
+    x = torch.randn(tokens, HIDDEN, generator=generator)
+    index = torch.rand(tokens, experts, generator=generator).topk(ffn.top_k).indices
+    weight = torch.rand(tokens, ffn.top_k, generator=generator)
+    expected = moe_ffn(x, index, weight, plan.experts(resident, rest), gated)
+    found = grouped_ffn(x, index, weight, plan.groups(resident, rest), experts, gated)
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_many_tokens_go_in_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Chunks of tokens give the same as all of them at once."""
+    from executor import grouped_experts
+
+    ffn = FeedForward(hidden_size=HIDDEN, intermediate_size=INNER, num_experts=4, top_k=2)
+    plan = LayerWeights.cut(ffn, (), 0.4)
+    flat = torch.randn(ffn.experts_parameters)
+    groups = plan.groups(flat[: plan.resident], flat[plan.resident :])
+    x, weight = torch.randn(50, HIDDEN), torch.rand(50, 2)
+    index = torch.rand(50, 4).topk(2).indices
+    whole = grouped_ffn(x, index, weight, groups, 4, gated)
+    monkeypatch.setattr(grouped_experts, "FFN_CHUNK_ROWS", 14)
+    torch.testing.assert_close(grouped_ffn(x, index, weight, groups, 4, gated), whole, rtol=1e-3, atol=1e-3)
+
+
+def test_the_host_has_no_grouped_gemm() -> None:
+    """Without a GPU, or in float32, experts are computed one by one; unaligned widths, too."""
+    assert not has_grouped_mm(torch.device("cpu"), torch.bfloat16, 64)
+    assert not has_grouped_mm(torch.device("cuda"), torch.float32, 64)
+    assert not has_grouped_mm(torch.device("cuda"), torch.bfloat16, 60, 64)
+    assert has_grouped_mm(torch.device("cuda"), torch.bfloat16, 64, 128)
