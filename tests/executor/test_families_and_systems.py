@@ -1,0 +1,74 @@
+"""Every family under every system: the tokens are transformers' own, in float32."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Sequence
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from executor.checkpoint import Checkpoint
+from executor.generate import generate
+from hrm import Policy
+from tests.executor.family_configs import CONFIGS
+from tests.executor.reference_loop import from_pretrained
+
+GEN_LEN = 6
+PLACES: dict[str, dict[str, Any]] = {
+    "moe-lightning": {},
+    "moe-lightning, GPU attention": {"attention_on_gpu": True, "kv_on_gpu": 0.5},
+    "moe-lightning, CPU experts": {"ffn_on_gpu": False},
+    "fastdecode": {},
+    "flexgen-c": {},
+    "flexgen": {"attention_on_gpu": True, "kv_on_gpu": 0.3},
+    "deepspeed-zero": {"attention_on_gpu": True, "kv_on_gpu": 1.0},
+}
+
+
+@lru_cache(maxsize=2)
+def answers(folder: Path, prompts: tuple[tuple[int, ...], ...]) -> list[list[int]]:
+    """Greedy tokens by transformers' `generate`, one prompt at a time."""
+    model, _ = from_pretrained(folder, torch.float32)
+    found = []
+    for prompt in prompts:
+        ids = torch.tensor([prompt])
+        full = model.generate(
+            ids,
+            attention_mask=torch.ones_like(ids),
+            max_new_tokens=GEN_LEN,
+            do_sample=False,
+            eos_token_id=None,
+            pad_token_id=0,
+        )
+        found.append(full[0, len(prompt) :].tolist())
+    return found
+
+
+def until(outputs: Sequence[list[int]], end: int) -> list[list[int]]:
+    return [ids[: ids.index(end) + 1] if end in ids else ids for ids in outputs]
+
+
+@pytest.mark.parametrize("place", PLACES)
+@pytest.mark.parametrize("family", CONFIGS)
+def test_tokens_equal_transformers(family_folder: Callable[[str], Path], family: str, place: str) -> None:
+    """Uneven prompts, a queue longer than a batch, an end token, any share of the weights on the device."""
+    folder = family_folder(family)
+    rng = random.Random(family)
+    checkpoint = Checkpoint.open(folder)
+    vocabulary = checkpoint.model.vocab_size
+    prompts = tuple(tuple(rng.randrange(vocabulary) for _ in range(rng.randint(1, 24))) for _ in range(7))
+    expected = answers(folder, prompts)
+    end = expected[2][3]
+    system = place.split(",")[0]
+    single = system == "deepspeed-zero"
+    share = random.Random(family + place).choice((0.0, 0.2, 0.45, 0.8))
+    policy = Policy(batch_size=5, micro_batch_size=5 if single else 2, weights_on_gpu=share, **PLACES[place])
+    result = generate(
+        checkpoint, prompts, gen_len=GEN_LEN, policy=policy, system=system, device="cpu", link_bandwidth=None,
+        eos_token_ids=[end],
+    )  # fmt: skip
+    assert result.outputs == until(expected, end)
