@@ -43,7 +43,8 @@ def main(path: str) -> None:
         device="cpu",
         link_bandwidth=None,
     )
-    need = batch_footprint(model, BatchShape.uniform(n, mu, prompt, gen), 0.0)
+    policy = Policy(batch_size=n, micro_batch_size=mu)
+    need = batch_footprint(model, BatchShape.uniform(n, mu, prompt, gen), policy)
     host = peak_rss() - before - result.peak_memory["device_bytes"]
     bound = 1.1 * (checkpoint.size_bytes + need.cpu["kv_cache"] + 2 * model.layer_expert_bytes)
     print(

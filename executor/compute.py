@@ -74,6 +74,8 @@ class Compute:
                 self._last_rows.append(ids(part.lengths).cumsum(0) - 1)
             elif part.size:
                 next_ids.copy_(ids([request.output[-1] for request in part.requests]))
+        # Processes begin together: none is timed while it waits for what another one sets up.
+        self._reduce(torch.zeros(1, device=device))
 
     # -- device ------------------------------------------------------------------------------------
 

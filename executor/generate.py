@@ -203,18 +203,27 @@ class Executor:
         self.link_bandwidth, self.sampling = link_bandwidth, sampling or Sampling()
         self._reduce = {} if reduce is None else {"reduce": reduce}
         streamed = (1 - policy.weights_on_gpu) * checkpoint.local.streamed_bytes
+        always_staged = system in ("flexgen", "flexgen-c")
+        if always_staged and pinned_weights:
+            raise InvalidValue(f"{system!r} always copies weights to pinned memory; leave --pinned-weights out.")
         if pinned_weights is None:
-            pinned_weights = device.type == "cuda" and streamed < _PINNED_SHARE * ram_bytes()
+            pinned_weights = not always_staged and device.type == "cuda" and streamed < _PINNED_SHARE * ram_bytes()
         self.pinned_weights = pinned_weights
         self.memory = DeviceMemory(2**62 if device_memory is None else device_memory, device)
-        self.weights = WeightStore(
-            checkpoint,
-            self.memory,
-            policy,
-            system=system,
-            pinned=device.type == "cuda" and (pinned_weights or system == "deepspeed-zero"),
-            positions=max_tokens,
-        )
+        try:
+            self.weights = WeightStore(
+                checkpoint,
+                self.memory,
+                policy,
+                system=system,
+                pinned=device.type == "cuda" and (pinned_weights or system == "deepspeed-zero"),
+                positions=max_tokens,
+            )
+        except torch.cuda.OutOfMemoryError:
+            raise PolicyInfeasible(
+                f"the device ran out of memory for the weights of {checkpoint.model.name}; try --weights-on-gpu "
+                f"{policy.weights_on_gpu / 2:.2g}, or more --device-memory."
+            ) from None
         self.setup_s = time.perf_counter() - started
         self.peak_host_bytes = self.weights.host_bytes
 

@@ -146,7 +146,8 @@ class Team:
         except RankLost as error:
             cause = self._followers.cause() if self._followers else None
             raise RankLost(
-                f"{cause or str(error).rstrip('.')}; all ranks stopped. Finished answers are kept, --resume goes on."
+                f"{cause or str(error).rstrip('.')}; all ranks stopped. Answers that were written are kept; "
+                "--resume goes on."
             ) from None
         self._usable = True
         return [answer, *answers[1:]]

@@ -136,6 +136,7 @@ def policy_for(
     *,
     system: str = "moe-lightning",
     hardware: Hardware | None = None,
+    part: Hardware | None = None,
     device_memory: int | None = None,
     link_bandwidth: float | None = DEFAULT_LINK_BANDWIDTH,
 ) -> Policy:
@@ -146,12 +147,15 @@ def policy_for(
     checkpoint : Checkpoint
         Rank 0's shard.
     hardware : Hardware, optional
-        The whole machine; by default rank 0 measures its part of it, while the others rest.
+        The whole machine.
+    part : Hardware, optional
+        Without `hardware`, what rank 0 has measured with its share of the cores while the others rested; by default
+        it does so now.
     """
     if hardware is None:
         from executor.probe import probe
 
-        part = probe(checkpoint.local, device=pick_device(team.member.device))
+        part = part or probe(checkpoint.local, device=pick_device(team.member.device))
         part = part.with_capacity(cpu_bytes=int(float(part.cpu.capacity) / team.world))
     else:
         part = share_of(hardware, team.world)

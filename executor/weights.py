@@ -213,7 +213,7 @@ class WeightStore:
         self.resident: list[torch.Tensor] = []
         self.host: list[torch.Tensor] = []
         self._fixed: list[dict[str, torch.Tensor]] = []
-        owed = 0.0
+        owed = self._buffer_excess(policy)
         for layer in range(model.num_layers):
             owed = self._load(checkpoint, memory, policy, layer, owed, pinned)
         longest = max(layer.streamed for layer in self.layers)
@@ -222,6 +222,17 @@ class WeightStore:
         self._groups: dict[tuple[int, int], list[ExpertGroup]] = {}
         self._experts: dict[tuple[int, int], list[ExpertWeights | None]] = {}
         self._layers: dict[tuple[int, int], DecoderLayer] = {}
+
+    def _buffer_excess(self, policy: Policy) -> float:
+        """Elements, as a negative number, that rounding to whole experts adds to the two buffers.
+
+        Later layers keep so much less than their share, so that all of it stays within the footprint.
+        """
+        if policy.ffn_on_gpu:
+            return 0.0
+        largest = max((self.model.kinds[kind].ffn for kind in self.model.order), key=lambda x: x.experts_parameters)
+        share = policy.weights_on_gpu * largest.num_experts
+        return -self.SLOTS * (share - math.floor(share + 1e-9)) * largest.expert_parameters
 
     def _load(
         self, checkpoint: Checkpoint, memory: DeviceMemory, policy: Policy, layer: int, owed: float, pinned: bool
@@ -244,9 +255,11 @@ class WeightStore:
         if policy.ffn_on_gpu:
             plan = LayerWeights.cut(ffn, names, share)
         else:
-            wanted = share * ffn.num_experts + owed
-            whole = min(ffn.num_experts, math.floor(wanted + 1e-9))
-            owed = wanted - whole
+            # Counted in elements: experts of a dense layer are larger than those of the others.
+            wanted = share * ffn.experts_parameters + owed
+            least = math.floor(share * ffn.num_experts + 1e-9)
+            whole = max(least, min(ffn.num_experts, math.floor(wanted / ffn.expert_parameters + 1e-9)))
+            owed = wanted - whole * ffn.expert_parameters
             plan = LayerWeights.cut(ffn, names, whole / ffn.num_experts, whole_experts=True)
         flat = torch.empty(plan.resident + plan.streamed, dtype=checkpoint.dtype)
         checkpoint.read_experts(layer, flat[: ffn.experts_parameters])

@@ -1,4 +1,4 @@
-"""Requests from JSON lines, and outputs to JSON lines that a later run can go on with."""
+"""Requests from JSON lines or at random, and what a checkpoint says of text and of ends."""
 
 from __future__ import annotations
 
@@ -6,113 +6,192 @@ import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
 import numpy as np
 
 from hrm.errors import CheckpointError, InvalidValue
 from hrm.model import MoEModel
+from hrm.units import brief
 
-__all__ = ["Prompt", "Results", "eos_token_ids", "load_tokenizer", "random_prompts", "read_prompts"]
+__all__ = [
+    "Prompt",
+    "Rejected",
+    "Requests",
+    "eos_token_ids",
+    "is_token_list",
+    "json_lines",
+    "load_tokenizer",
+    "random_prompts",
+    "read_prompts",
+]
 
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json")
-_LINE_START = b'{"id": '
+_NAMED_LINES = 10
+"""Bad lines that one message spells out."""
 
 
 @dataclass(frozen=True, slots=True)
 class Prompt:
-    """A request: its id in the file, and its tokens."""
+    """A request: its id in the file, its tokens, and how many it may generate."""
 
     id: str | int
     ids: list[int]
+    gen_len: int
 
 
-def _json_lines(path: Path, data: bytes) -> Iterator[tuple[str, dict[str, Any]]]:
-    """(where, object) of every line that is not blank."""
+@dataclass(frozen=True, slots=True)
+class Rejected:
+    """A line that holds no request that can be run."""
+
+    line: int
+    error: str
+
+
+@dataclass(frozen=True, slots=True)
+class Requests:
+    """The good lines of a file, and the bad ones."""
+
+    prompts: Sequence[Prompt]
+    rejected: Sequence[Rejected] = ()
+
+    def complaint(self, what: str = "were not run") -> str:
+        """One line on the bad lines: how many of how many, and why.
+
+        Examples
+        --------
+        >>> Requests([], [Rejected(7, "not JSON.")]).complaint()
+        '1 of 1 lines were not run: line 7: not JSON'
+        """
+        bad = self.rejected
+        named = ", ".join(f"line {each.line}: {each.error.rstrip('.')}" for each in bad[:_NAMED_LINES])
+        more = f", and {len(bad) - _NAMED_LINES} more" if len(bad) > _NAMED_LINES else ""
+        return f"{len(bad)} of {len(bad) + len(self.prompts)} lines {what}: {named}{more}"
+
+
+def json_lines(data: bytes) -> Iterator[tuple[int, dict[str, Any] | InvalidValue]]:
+    """(number, object with an id, or what is wrong) of every line that is not blank."""
     for number, line in enumerate(data.removeprefix(b"\xef\xbb\xbf").split(b"\n"), start=1):
         if not line.strip():
             continue
-        where = f"{str(path)!r}, line {number}"
         try:
             entry = json.loads(line)
         except (ValueError, RecursionError) as error:
-            raise InvalidValue(f"{where} is not JSON: {error}.") from None
+            yield number, InvalidValue(f"not JSON: {error}.")
+            continue
         if not isinstance(entry, dict):
-            raise InvalidValue(f"{where} is not a JSON object: {line.decode(errors='replace')[:40]!r}.")
-        if isinstance(entry.get("id"), bool) or not isinstance(entry.get("id"), str | int):
-            raise InvalidValue(f"{where} needs an 'id' that is a string or a whole number.")
-        yield where, entry
+            yield number, InvalidValue(f"not a JSON object: {line.decode(errors='replace')[:40]!r}.")
+        elif isinstance(entry.get("id"), bool) or not isinstance(entry.get("id"), str | int):
+            yield number, InvalidValue("needs an 'id' that is a string or a whole number.")
+        else:
+            yield number, entry
 
 
-def _is_token_list(value: Any) -> bool:
+def is_token_list(value: Any) -> bool:
+    """Whether a JSON value is a list of whole numbers."""
     return isinstance(value, list) and all(isinstance(x, int) and not isinstance(x, bool) for x in value)
 
 
-def read_prompts(path: Path, model: MoEModel, *, gen_len: int, tokenizer: Any = None) -> list[Prompt]:
+def read_prompts(path: Path, model: MoEModel, *, gen_len: int, tokenizer: Any = None) -> Requests:
     """Read and check every request of a file before anything is run.
 
     Parameters
     ----------
     path : Path
-        Lines ``{"id": ..., "prompt_ids": [...]}`` or ``{"id": ..., "prompt": "text"}``, or blank.
+        Lines ``{"id": ..., "prompt_ids": [...]}`` or ``{"id": ..., "prompt": "text"}``, each with a ``"gen_len"``
+        of its own if it wants one; or blank.
     model : MoEModel
         Bounds token ids and lengths.
     gen_len : int
-        Tokens that each request will generate.
+        Tokens that a request generates at most, and where it does not say.
     tokenizer : optional
         Turns text into ids; without one, text is an error.
 
     Raises
     ------
     InvalidValue
-        Naming the file and the line.
+        If no line is good.
     """
     prompts: list[Prompt] = []
-    seen: dict[str | int, str] = {}
-    for where, entry in _json_lines(path, path.read_bytes()):
-        if entry["id"] in seen:
-            raise InvalidValue(f"{where}: the id {entry['id']!r} stands in {seen[entry['id']]} already.")
-        seen[entry["id"]] = where.rpartition(", ")[2]
-        if ("prompt_ids" in entry) == ("prompt" in entry):
-            raise InvalidValue(f"{where} needs either 'prompt_ids' or 'prompt'.")
-        if "prompt_ids" in entry:
-            ids = entry["prompt_ids"]
-            if not _is_token_list(ids):
-                raise InvalidValue(f"{where}: 'prompt_ids' must be a list of whole numbers.")
-        else:
-            if not isinstance(entry["prompt"], str):
-                raise InvalidValue(f"{where}: 'prompt' must be a string.")
-            if tokenizer is None:
-                raise InvalidValue(
-                    f"{where} holds text and the checkpoint has no tokenizer; give 'prompt_ids', or put the "
-                    "tokenizer's files into the checkpoint's folder."
-                )
-            ids = [int(token) for token in tokenizer(entry["prompt"])["input_ids"]]
-        if not ids:
-            raise InvalidValue(f"{where}: the prompt is empty.")
-        if min(ids) < 0 or max(ids) >= model.vocab_size:
-            raise InvalidValue(f"{where}: token ids must be 0..{model.vocab_size - 1}: {min(ids)}..{max(ids)}.")
-        if len(ids) + gen_len > model.max_positions:
-            raise InvalidValue(
-                f"{where}: {len(ids)} tokens and gen_len {gen_len} pass the {model.max_positions} positions "
-                f"of {model.name}."
-            )
-        prompts.append(Prompt(entry["id"], ids))
+    rejected: list[Rejected] = []
+    seen: dict[str | int, int] = {}
+    for number, entry in json_lines(path.read_bytes()):
+        try:
+            if isinstance(entry, InvalidValue):
+                raise entry
+            if entry["id"] in seen:
+                raise InvalidValue(f"the id {brief(entry['id'])} stands in line {seen[entry['id']]} already.")
+            prompts.append(_prompt(entry, model, gen_len, tokenizer))
+            seen[entry["id"]] = number
+        except InvalidValue as error:
+            rejected.append(Rejected(number, " ".join(str(error).split())))
+    found = Requests(prompts, rejected)
     if not prompts:
-        raise InvalidValue(f"{str(path)!r} holds no prompts.")
-    return prompts
+        why = f": {found.complaint('cannot be run')}" if rejected else " holds no prompts"
+        raise InvalidValue(f"{str(path)!r}{why}.")
+    return found
 
 
-def random_prompts(count: int, length: int, *, vocab_size: int, seed: int) -> list[Prompt]:
+def _prompt(entry: dict[str, Any], model: MoEModel, gen_len: int, tokenizer: Any) -> Prompt:
+    """The request of a line; raises `InvalidValue` saying what is wrong with it."""
+    own = entry.get("gen_len", gen_len)
+    if not isinstance(own, int) or isinstance(own, bool) or not 1 <= own <= gen_len:
+        raise InvalidValue(f"'gen_len' must be a whole number from 1 to --gen-len {gen_len}: {brief(own)}.")
+    if ("prompt_ids" in entry) == ("prompt" in entry):
+        raise InvalidValue("needs either 'prompt_ids' or 'prompt'.")
+    if "prompt_ids" in entry:
+        ids = entry["prompt_ids"]
+        if not is_token_list(ids):
+            raise InvalidValue("'prompt_ids' must be a list of whole numbers.")
+    else:
+        ids = _encode(entry["prompt"], tokenizer)
+    if not ids:
+        raise InvalidValue("the prompt is empty.")
+    if min(ids) < 0 or max(ids) >= model.vocab_size:
+        outside = brief(min(ids) if min(ids) < 0 else max(ids))
+        raise InvalidValue(f"token ids must be 0..{model.vocab_size - 1}: {outside}.")
+    if len(ids) + own > model.max_positions:
+        raise InvalidValue(
+            f"{len(ids)} tokens and gen_len {own} pass the {model.max_positions} positions of {model.name}."
+        )
+    return Prompt(entry["id"], ids, own)
+
+
+def _encode(text: Any, tokenizer: Any) -> list[int]:
+    if not isinstance(text, str):
+        raise InvalidValue("'prompt' must be a string.")
+    if tokenizer is None:
+        raise InvalidValue(
+            "text, and the checkpoint has no tokenizer; give 'prompt_ids', or put the tokenizer's files into the "
+            "checkpoint's folder."
+        )
+    try:
+        return [int(token) for token in tokenizer(text)["input_ids"]]
+    except Exception as error:  # half of a surrogate pair, for one; the library raises whatever its parts raise
+        raise InvalidValue(f"the tokenizer does not take this text: {str(error)[:100]}.") from None
+
+
+def random_prompts(count: int, length: int, *, model: MoEModel, gen_len: int, seed: int) -> Requests:
     """`count` prompts of `length` uniformly random tokens, with ids 0, 1, ..
+
+    Raises
+    ------
+    InvalidValue
+        If they are too long for the model.
 
     Examples
     --------
-    >>> [len(p.ids) for p in random_prompts(2, 3, vocab_size=10, seed=0)]
+    >>> model = MoEModel.from_catalog("mixtral-tiny")
+    >>> [len(p.ids) for p in random_prompts(2, 3, model=model, gen_len=1, seed=0).prompts]
     [3, 3]
     """
-    tokens = np.random.default_rng(seed).integers(vocab_size, size=(count, length))
-    return [Prompt(number, ids) for number, ids in enumerate(tokens.tolist())]
+    if length + gen_len > model.max_positions:
+        raise InvalidValue(
+            f"prompts of {length} tokens and gen_len {gen_len} pass the {model.max_positions} positions "
+            f"of {model.name}."
+        )
+    tokens = np.random.default_rng(seed).integers(model.vocab_size, size=(count, length))
+    return Requests([Prompt(number, ids, gen_len) for number, ids in enumerate(tokens.tolist())])
 
 
 def load_tokenizer(folder: Path) -> Any:
@@ -146,64 +225,6 @@ def eos_token_ids(folder: Path, config: Any) -> tuple[int, ...]:
     if ids is None:
         return ()
     ids = ids if isinstance(ids, list) else [ids]
-    if not _is_token_list(ids):
+    if not is_token_list(ids):
         raise CheckpointError(f"'eos_token_id' of {str(folder)!r} must be whole numbers: {ids!r}.")
     return tuple(ids)
-
-
-class Results:
-    """Output lines, appended and flushed batch by batch, so that a kill loses only the running batch.
-
-    Parameters
-    ----------
-    path : Path
-    resume : bool
-        Go on with a file that has lines already; a last line that was cut short is dropped.
-
-    Raises
-    ------
-    InvalidValue
-        If the file has content and `resume` is off, or its content is not output lines.
-    """
-
-    def __init__(self, path: Path, *, resume: bool) -> None:
-        self.done: set[str | int] = set()
-        if path.exists() and path.stat().st_size:
-            if not resume:
-                raise InvalidValue(
-                    f"{str(path)!r} exists and is not empty; add --resume to go on with it, or name another --out."
-                )
-            self._take_up(path)
-        self._path = path
-        self._file = path.open("a", encoding="utf-8")
-
-    def _take_up(self, path: Path) -> None:
-        data = path.read_bytes()
-        whole = data.rfind(b"\n") + 1
-        torn = data[whole:]
-        if not torn.startswith(_LINE_START[: len(torn)]):
-            raise InvalidValue(f"{str(path)!r} does not end in a line that this command wrote; name another --out.")
-        for where, entry in _json_lines(path, data[:whole]):
-            if not _is_token_list(entry.get("output_ids")):
-                raise InvalidValue(f"{where} is not an output line: it lacks 'output_ids'.")
-            self.done.add(entry["id"])
-        if torn:
-            with path.open("r+b") as file:
-                file.truncate(whole)
-
-    def write(self, ids: Sequence[str | int], outputs: Sequence[Sequence[int]], tokenizer: Any = None) -> None:
-        """Append one line per request."""
-        lines = []
-        for name, tokens in zip(ids, outputs, strict=True):
-            text = tokenizer.decode(list(tokens), skip_special_tokens=True) if tokenizer else None
-            lines.append(json.dumps({"id": name, "output_ids": list(tokens), "text": text}) + "\n")
-        self._file.write("".join(lines))
-        self._file.flush()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._file.close()
-        if not self._path.stat().st_size:
-            self._path.unlink()  # a run that was refused leaves nothing behind

@@ -38,7 +38,7 @@ struct Problem {
     bool values_in_keys() const { return kv_heads == 1 && value_offset == 0 && value_dim <= key_dim; }
 };
 
-// Some tokens of one sequence. `part` is where the piece leaves its share of the softmax, -1 if it is the whole sequence.
+// Some tokens of one sequence. `part` is where the piece leaves its share of the softmax; -1: it is the whole sequence.
 struct Piece {
     int64_t sequence, first, count, part;
 };

@@ -1,4 +1,4 @@
-// Threads that sleep until a call wants help. Every call leases its own, so that calls from several threads run at once.
+// Threads that sleep until a call wants help. Every call leases its own, so that several calls can run at once.
 #pragma once
 
 #include <pthread.h>
