@@ -6,6 +6,7 @@ import statistics
 import threading
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -16,9 +17,11 @@ import torch.nn.functional as F
 from executor.checkpoint import TORCH_DTYPES
 from executor.cpu_attention import decode_attention
 from executor.device_attention import device_attention
+from executor.grouped_experts import grouped_ffn, has_grouped_mm
 from executor.kernels import ExpertWeights, causal_attention, moe_ffn
 from executor.lanes import PacedLink, lane_threads, run_lanes, yield_to_copies
 from executor.machine import machine_facts, ram_bytes
+from executor.weights import LayerWeights
 from hrm.errors import DoesNotFit
 from hrm.hardware import Curve, Hardware, Link, MemoryLevel, Quantity, Rates
 from hrm.model import MoEModel
@@ -40,6 +43,7 @@ _SWEEP_BYTES = 16 * 2**20
 _PIECE = 8 * 2**20
 _COPY_SHARE = 0.4
 _HOST_ROWS = 256
+_HOST_EXPERT_ROWS = (1, 4, 16, 64)
 _HOST = torch.device("cpu")
 
 Call = Callable[[], Any]
@@ -169,6 +173,10 @@ class Bench:
         for first in range(0, self.pool.numel() - self.experts * size + 1, self.experts * size):
             flat = self.pool[first : first + self.experts * size].view(self.experts, size)
             layers.append([ExpertWeights([w[: 2 * i * h].view(2 * i, h)], [w[2 * i * h :].view(h, i)]) for w in flat])
+        grouped = has_grouped_mm(self.device, self.dtype, h, i)
+        ffn = replace(m.main_layer.ffn, num_experts=self.experts, expert_other_parameters=0, routing=None)
+        whole = LayerWeights(ffn, (), self.experts * size)
+        groups = [whole.groups(self.pool[n * ffn.experts_parameters :], None) for n in range(len(layers))]
         x = self.random(tokens, h)
         choices = [
             torch.rand(tokens, self.experts, generator=self.generator).topk(m.top_k).indices.to(self.device)
@@ -180,6 +188,9 @@ class Bench:
         def call() -> Any:
             state["next"] += 1
             turn = state["next"]
+            if grouped:
+                group = groups[turn % len(layers)]
+                return grouped_ffn(x, choices[turn % len(choices)], weight, group, self.experts, _gated)
             return moe_ffn(x, choices[turn % len(choices)], weight, layers[turn % len(layers)], _gated)
 
         return call
@@ -196,6 +207,16 @@ class Bench:
             calls[rows] = self.expert_call(tokens)
             flops[rows] = 6.0 * tokens * m.top_k * m.hidden_size * m.intermediate_size
         return calls, flops
+
+    def host_expert_call(self, tokens: int) -> Call:
+        """Two experts in host memory, each on half of the tokens."""
+        m = self.model
+        h, i = m.hidden_size, m.intermediate_size
+        flat = self.random(2, 3 * i * h, device=_HOST)
+        experts = [ExpertWeights([w[: 2 * i * h].view(2 * i, h)], [w[2 * i * h :].view(h, i)]) for w in flat]
+        x, index = self.random(2 * tokens, h, device=_HOST), (torch.arange(2 * tokens) % 2)[:, None]
+        weight = torch.ones(2 * tokens, 1)
+        return lambda: moe_ffn(x, index, weight, experts, _gated)
 
     def causal_calls(self) -> tuple[dict[float, Call], dict[float, float]]:
         """Prefill attention by prompt length, and the FLOPs of each."""
@@ -239,14 +260,14 @@ class Bench:
 
         return call
 
-    def attention_calls(self) -> tuple[dict[float, Call], dict[float, float]]:
-        """CPU attention by context, and the KV bytes of each."""
+    def attention_calls(self, *, host: bool = True) -> tuple[dict[float, Call], dict[float, float]]:
+        """Decode attention by context, on the CPU or on the device, and the KV bytes of each."""
         calls: dict[float, Call] = {}
         sizes: dict[float, float] = {}
         for context in _CONTEXTS:
             per_sequence = context * self.model.kv_token_bytes
             sequences = max(1, min(64, round(4 * 2**20 / per_sequence)))
-            calls[context] = self.attention_call(sequences, context)
+            calls[context] = self.attention_call(sequences, context, host=host)
             sizes[context] = sequences * per_sequence
         return calls, sizes
 
@@ -300,6 +321,10 @@ class Bench:
             self.calls[("h2d", 0)] = self.copy_call(pinned, there)
             self.calls[("d2h", 0)] = self.copy_call(there, pinned)
             self.calls[("transfer", 0)] = lambda: mark.copy_(little, non_blocking=True)
+            for context, call in self.attention_calls(host=False)[0].items():
+                self.calls[("device attention", context)] = call
+            for rows in _HOST_EXPERT_ROWS:
+                self.host_calls[("host experts", rows)] = self.host_expert_call(rows)
             self.host_calls[("staging", 0)] = self.copy_call(self.host[1], pinned)
         else:
             small, link = [torch.zeros(64, dtype=torch.uint8) for _ in range(2)], PacedLink(None)
@@ -364,6 +389,8 @@ class Bench:
         read = self.pool.nbytes / spent["read", 0]
         host_flops = 2.0 * _HOST_ROWS * m.hidden_size * m.q_size / spent["host gemm", 0]
         bandwidth = max(read, gemm.points[0][1] * m.dtype_bytes / 2)
+        work = 12.0 * m.hidden_size * m.intermediate_size
+        host_experts = curve("host experts", {n: n * work for n in _HOST_EXPERT_ROWS}) if self.cuda else None
         rates = Rates(
             provenance="measured",
             source=f"hrm probe, shapes of {m.name} in {m.dtype}",
@@ -371,11 +398,10 @@ class Bench:
             gpu_experts=experts,
             gpu_attention=curve("causal", self.causal_flops),
             gpu_bandwidth=bandwidth,
-            # No schedule of the executor attends on the GPU or computes experts on the host yet; these are
-            # the nearest calls that are timed.
-            gpu_decode_attention=Curve.constant(bandwidth) if self.cuda else attention,
-            cpu_experts=Curve.constant(host_flops) if self.cuda else experts,
-            cpu_weight_bandwidth=attention.peak if self.cuda else bandwidth,
+            # Without a GPU both processors are the same cores with the same kernels.
+            gpu_decode_attention=curve("device attention", self.attention_bytes) if self.cuda else attention,
+            cpu_experts=host_experts or experts,
+            cpu_weight_bandwidth=self._host_weight_bandwidth(spent) if self.cuda else bandwidth,
             gpu_launch_s=spent["dispatch", 0] / launches,
             cpu_attention=attention,
             cpu_attention_flops=host_flops,
@@ -390,6 +416,11 @@ class Bench:
             cores=None if self.cuda else crowd.cores,
         )
         return rates, read
+
+    def _host_weight_bandwidth(self, spent: dict[Key, float]) -> float:
+        """Bytes/s at which an expert on the host reads its weights for one token."""
+        m = self.model
+        return 2 * 3 * m.hidden_size * m.intermediate_size * self.dtype.itemsize / spent["host experts", 1]
 
     def hardware(self, spent: dict[Key, float], crowd: Crowd, share: float) -> Hardware:
         """The machine as a hardware file describes it."""

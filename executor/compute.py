@@ -59,6 +59,7 @@ class Compute:
         def ids(values: list[int]) -> torch.Tensor:
             return torch.tensor(values, dtype=torch.int64).to(device)
 
+        self._adds_resident = bool(segment.schedule.mask(Op.GPU_FFN).any())
         self._turns: dict[int, tuple[int, list[torch.Tensor]]] = {}
         self._prompt_ids: list[torch.Tensor] = []
         self._prompt_positions: list[torch.Tensor] = []
@@ -221,8 +222,7 @@ class Compute:
         """AddFFN: what all experts made, to the hidden states."""
         hidden = self._places.hidden[part]
         from_gpu, from_cpu = (x[: hidden.shape[0]] for x in self._places.device_ffn(step, layer, part).sums)
-        resident = self._places.segment.schedule.mask(Op.GPU_FFN).any()
-        hidden.add_(self._reduce(from_gpu + from_cpu if resident else from_cpu.clone()))
+        hidden.add_(self._reduce(from_gpu + from_cpu if self._adds_resident else from_cpu.clone()))
 
     def sample(self, step: int, layer: int, part: int, ready: float) -> None:
         """Sample: final norm, LM head, choice of the next token."""

@@ -62,6 +62,7 @@ def _rows(kv: torch.Tensor, starts: torch.Tensor, longest: int) -> torch.Tensor:
     apart = int(starts[1] - starts[0]) if n > 1 else longest
     last = first + (n - 1) * apart + longest
     if apart >= longest and last <= kv.shape[0] and bool((starts.diff() == apart).all()):
-        return kv.as_strided((n, longest, kv.shape[1]), (apart * kv.stride(0), kv.stride(0), 1), first * kv.stride(0))
+        offset = kv.storage_offset() + first * kv.stride(0)
+        return kv.as_strided((n, longest, kv.shape[1]), (apart * kv.stride(0), kv.stride(0), 1), offset)
     index = (starts[:, None] + torch.arange(longest)).clamp(max=kv.shape[0] - 1)
     return kv[index.to(kv.device)]

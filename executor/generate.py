@@ -47,7 +47,7 @@ __all__ = [
 DEFAULT_LINK_BANDWIDTH = 2e9
 """Bytes/s of the paced link where there is no GPU."""
 
-_PINNED_SHARE = 0.7
+PINNED_SHARE = 0.7
 """Most of the host's memory that weights may lock, so that they need no staging copy."""
 
 _KEPT_TIMELINES = 16
@@ -199,6 +199,7 @@ class Executor:
             total = torch.cuda.get_device_properties(device).total_memory
             device_memory = total if device_memory is None else min(device_memory, total)
             torch.cuda.set_per_process_memory_fraction(device_memory / total, device)
+            torch.cuda.reset_peak_memory_stats(device)
         self.checkpoint, self.policy, self.system = checkpoint, policy, system
         self.link_bandwidth, self.sampling = link_bandwidth, sampling or Sampling()
         self._reduce = {} if reduce is None else {"reduce": reduce}
@@ -207,7 +208,7 @@ class Executor:
         if always_staged and pinned_weights:
             raise InvalidValue(f"{system!r} always copies weights to pinned memory; leave --pinned-weights out.")
         if pinned_weights is None:
-            pinned_weights = not always_staged and device.type == "cuda" and streamed < _PINNED_SHARE * ram_bytes()
+            pinned_weights = not always_staged and device.type == "cuda" and streamed < PINNED_SHARE * ram_bytes()
         self.pinned_weights = pinned_weights
         self.memory = DeviceMemory(2**62 if device_memory is None else device_memory, device)
         try:
@@ -519,6 +520,8 @@ def auto_policy(
             "give a file that `hrm probe` wrote here, or none."
         )
     machine = machine.with_capacity(gpu_bytes=device_memory)
+    if device.type == "cuda" and checkpoint.local.streamed_bytes < PINNED_SHARE * ram_bytes():
+        machine = machine.with_pinned_weights()  # as the run will do by default
     if machine.shared_memory:
         machine = machine.with_link(link_bandwidth)
     workload = Workload(

@@ -16,6 +16,8 @@ from hrm.pipeline import FFN_CHUNK_ROWS
 
 __all__ = ["ExpertGroup", "grouped_ffn", "has_grouped_mm"]
 
+_CAPABILITIES = (9, 10)
+"""Major compute capabilities for which torch has a grouped kernel."""
 _ALIGNMENT = 16
 """Bytes that strides of a grouped product's operands must be multiples of."""
 
@@ -46,9 +48,14 @@ class ExpertGroup:
 
 
 def has_grouped_mm(device: torch.device, dtype: torch.dtype, *widths: int) -> bool:
-    """Whether products of these widths run as grouped GEMM: bfloat16 on a GPU, with aligned rows."""
+    """Whether products of these widths run as one kernel: bfloat16 with aligned rows, on a GPU that has it.
+
+    On GPUs before Hopper torch loops over the groups and asks for their sizes, which is what this is to avoid.
+    """
     aligned = all(width * dtype.itemsize % _ALIGNMENT == 0 for width in widths)
-    return device.type == "cuda" and dtype == torch.bfloat16 and aligned and hasattr(F, "grouped_mm")
+    if device.type != "cuda" or dtype != torch.bfloat16 or not aligned or not hasattr(F, "grouped_mm"):
+        return False
+    return torch.cuda.is_available() and torch.cuda.get_device_capability(device)[0] in _CAPABILITIES
 
 
 def grouped_ffn(

@@ -151,7 +151,7 @@ class Queue:
         left = [request.remaining - (1 if first else 0) for request in self._in_work]
         if self.end_tokens:
             return min(max(left), _CHUNK)
-        # Without end tokens it is known when the next request is done.
+        # Without end tokens it is known when the next request is done; a segment costs too much for a few steps.
         return max(min(n for n in left if n > 0), min(_CHUNK, max(left))) if max(left) else 0
 
     def _admit(self) -> list[list[Request]]:

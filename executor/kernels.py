@@ -145,9 +145,7 @@ def causal_attention(
         lead = 0 if sinks is None else 1
         target = out[start:stop].view(same, s, heads, wide).transpose(1, 2)
         if window is None or s <= window:
-            attended = F.scaled_dot_product_attention(
-                qs, ks, vs, is_causal=True, scale=scale, enable_gqa=heads != k.shape[1]
-            )
+            attended = _attention(qs, ks, vs, None, scale)
             target.copy_(attended[:, :, lead:, :wide])
         else:
             _windowed(qs, ks, vs, target, window, lead, scale)
@@ -171,6 +169,24 @@ def _with_sinks(
     return q, k, v
 
 
+def _attention(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None, scale: float
+) -> torch.Tensor:
+    """Torch's attention, causal without a mask, by a kernel that does not keep the scores."""
+    groups = q.shape[1] // k.shape[1]
+    if groups > 1 and q.is_cuda and (mask is not None or not _flash_runs(q)):
+        # Only the flash kernel takes grouped heads; the other one that keeps no scores wants all of them.
+        k, v = (t.repeat_interleave(groups, dim=1) for t in (k, v))
+        groups = 1
+    return F.scaled_dot_product_attention(
+        q, k, v, attn_mask=mask, is_causal=mask is None, scale=scale, enable_gqa=groups > 1
+    )
+
+
+def _flash_runs(q: torch.Tensor) -> bool:
+    return q.dtype != torch.float32 and torch.cuda.get_device_capability(q.device)[0] >= 8
+
+
 def _windowed(
     q: torch.Tensor,
     k: torch.Tensor,
@@ -189,12 +205,5 @@ def _windowed(
         seen = torch.ones(last - first, last - begin, dtype=torch.bool, device=q.device)
         mask = F.pad(seen.tril_(ahead).triu_(ahead - window + 1), (lead, 0), value=True)
         keys, values = (torch.cat([t[:, :, :lead], t[:, :, lead + begin : lead + last]], dim=2) for t in (k, v))
-        attended = F.scaled_dot_product_attention(
-            q[:, :, lead + first : lead + last],
-            keys,
-            values,
-            attn_mask=mask,
-            scale=scale,
-            enable_gqa=q.shape[1] != k.shape[1],
-        )
+        attended = _attention(q[:, :, lead + first : lead + last], keys, values, mask, scale)
         out[:, :, first:last] = attended[..., : out.shape[3]]

@@ -205,14 +205,24 @@ def run_lanes(
                     stream.wait_event(mark[1])
         if failure.error is not None:
             return
-        begin, stop = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        begin = torch.cuda.Event(enable_timing=True)
+        # Host threads that wait for it sleep: the cores belong to attention and staging.
+        stop = torch.cuda.Event(enable_timing=True, blocking=True)
         begin.record(stream)
         handler(steps[task], layers[task], parts[task], 0.0)
         stop.record(stream)
         marks[task] = (begin, stop)
 
+    def release() -> None:
+        """After a failure, let nobody wait for what will not come."""
+        if failure.error is not None:
+            for event in signal.values():
+                event.set()
+
     def work(lane: Lane) -> None:
         try:
+            if cuda:
+                torch.cuda.set_device(device)
             if cuda:
                 pin_to_cores(lane)
             else:
@@ -241,11 +251,13 @@ def run_lanes(
             failure.set(error)
             gate.abort()
         finally:
+            release()  # before anything that an error on the device could hold up
             if streams.get(lane) is not None:
-                streams[lane].synchronize()  # nothing may still use buffers that the caller drops
-            if failure.error is not None:
-                for event in signal.values():
-                    event.set()
+                try:
+                    streams[lane].synchronize()  # nothing may still use buffers that the caller drops
+                except BaseException as error:
+                    failure.set(error)
+            release()
 
     workers = [
         threading.Thread(target=work, args=(lane,), name=f"lane-{lane.value}", daemon=True)

@@ -45,10 +45,8 @@ class DeviceMemory:
     def empty(self, name: str, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
         """A tensor on the device, counted under `name`."""
         self.reserve(name, math.prod(shape) * dtype.itemsize)
-        tensor = torch.empty(shape, dtype=dtype, device=self.device)
-        if self.device.type == "cpu":
-            tensor.zero_()  # touch the pages now, not inside a timed task
-        return tensor
+        # Touched now, not inside a timed task; and rows that are masked away must not hold what is not a number.
+        return torch.zeros(shape, dtype=dtype, device=self.device)
 
     def place(self, name: str, tensor: torch.Tensor) -> torch.Tensor:
         """A copy of `tensor` on the device."""

@@ -40,7 +40,7 @@ _FOREVER = timedelta(days=30)
 _LOST = 75
 """Exit code of a rank that stopped because it lost another one."""
 _POLL_S = 0.05
-_GRACE_S = 5.0
+_GRACE_S = 3.0
 _PIECE = 1 << 20
 """Elements that are added up in float32 at a time; bounds temporary memory."""
 

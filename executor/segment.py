@@ -52,19 +52,19 @@ class Part:
         slot, visible, past : Tensor, [n]
         """
         key = (decoded, window)
-        if key not in self._views:
-            # Layers share these; those of the step before are not asked for again.
-            self._views = {k: v for k, v in self._views.items() if k[0] >= decoded - 1}
+        found = self._views.get(key)
+        if found is None:
             position = self.positions(decoded)
             if window is None:
-                self._views[key] = (position, position + 1, position)
+                found = position, position + 1, position
             else:
-                self._views[key] = (
-                    position % window,
-                    (position + 1).clamp(max=window),
-                    position.clamp(max=window),
-                )
-        return self._views[key]
+                found = position % window, (position + 1).clamp(max=window), position.clamp(max=window)
+            # Layers share these; those of steps before the last are not asked for again. Lanes come here at once.
+            for old in list(self._views):
+                if old[0] < decoded - 1:
+                    self._views.pop(old, None)
+            self._views[key] = found
+        return found
 
     @cached_property
     def shape(self) -> tuple[int, ...]:

@@ -23,6 +23,7 @@ from typing import Any
 from executor.checkpoint import Checkpoint
 from executor.generate import (
     DEFAULT_LINK_BANDWIDTH,
+    PINNED_SHARE,
     GenerationResult,
     auto_policy,
     check_requests,
@@ -41,9 +42,6 @@ from hrm.policy import Policy
 from hrm.units import format_bytes
 
 __all__ = ["generate_on", "policy_for", "share_of"]
-
-_PINNED_SHARE = 0.7
-"""Most of the host's memory that the weights of all ranks may lock."""
 
 
 def generate_on(
@@ -104,9 +102,10 @@ def generate_on(
         )
     check_runnable(system, policy)
     _check_host(team, mine, lengths, gen_lens, policy, system)
-    if pinned_weights is None and team.member.device == "cuda":
+    if pinned_weights is None:
+        # Each rank sees only its own; where all together lock too much, none does.
         streamed = team.world * (1 - policy.weights_on_gpu) * mine.local.streamed_bytes
-        pinned_weights = streamed < _PINNED_SHARE * ram_bytes()
+        pinned_weights = None if streamed < PINNED_SHARE * ram_bytes() else False
     callbacks = {name: options.pop(name) for name in list(options) if name.startswith("on_")}
     job = options | {
         "gen_len": gen_lens,

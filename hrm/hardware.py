@@ -223,6 +223,11 @@ class Hardware:
         """The same machine with every measured link paced to `bandwidth` bytes/s (None: unpaced)."""
         return replace(self, rate_sets={key: rates.with_link(bandwidth) for key, rates in self.rate_sets.items()})
 
+    def with_pinned_weights(self) -> Hardware:
+        """The same machine for a run whose weights lie in pinned memory and need no staging copy."""
+        sets = {key: replace(rates, stages_weights=False) for key, rates in self.rate_sets.items()}
+        return replace(self, rate_sets=sets)
+
     def scaled(
         self,
         *,
