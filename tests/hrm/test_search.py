@@ -556,7 +556,8 @@ def test_a_plan_at_the_edge_of_cpu_memory_still_fits() -> None:
     workload = Workload.parse("77,32")
 
     def need(r_w: float):
-        return batch_footprint(MIXTRAL, BatchShape.uniform(1, 1, 77, 32), r_w)
+        policy = Policy(batch_size=1, micro_batch_size=1, weights_on_gpu=r_w)
+        return batch_footprint(MIXTRAL, BatchShape.uniform(1, 1, 77, 32), policy)
 
     none, full = need(0.0), need(1.0)
     most = (usable_bytes(L4)[0] - none.gpu_bytes) / (full.gpu_bytes - none.gpu_bytes)
