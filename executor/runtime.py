@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from executor.buffers import JOB_ITEMS, Buffers, Sizes
+from executor.buffers import Buffers, Sizes
 from executor.checkpoint import Checkpoint
 from executor.compute import Compute, Reduce
 from executor.lanes import run_lanes
@@ -109,10 +109,6 @@ class Runtime:
         about = {"started": started, **(facts or {})}
         timeline = Timeline(segment.schedule, start, end, moved, flops, source="measured", facts=about)
         return self.finish(), timeline
-
-    def release(self) -> None:
-        """Give the job's device memory back."""
-        self._memory.release(JOB_ITEMS)
 
     def _work(self, segment: Segment) -> tuple[np.ndarray, np.ndarray]:
         """Bytes and FLOPs of each task, counted as for a prediction."""

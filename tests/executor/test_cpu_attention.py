@@ -247,10 +247,11 @@ def test_variants_and_threads_agree(variant: str) -> None:
 
 
 def test_no_sequences(variant: str) -> None:
-    """A call without sequences does nothing."""
+    """A call without sequences writes nothing."""
     case = Case.random([4], 2, 1, 8, 8)
-    none = torch.empty(0, dtype=torch.int64)
+    none, before = torch.empty(0, dtype=torch.int64), case.kv.clone()
     decode_attention(case.q[:0], case.kv, none, none, torch.empty(0, 16), **case.options())
+    assert torch.equal(case.kv, before)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
