@@ -21,7 +21,7 @@ from executor.grouped_experts import grouped_ffn, has_grouped_mm
 from executor.kernels import ExpertWeights, causal_attention, moe_ffn
 from executor.lanes import PacedLink, lane_threads, run_lanes, yield_to_copies
 from executor.machine import machine_facts, ram_bytes
-from executor.weights import LayerWeights
+from executor.weight_layout import LayerWeights
 from hrm.errors import DoesNotFit
 from hrm.hardware import Curve, Hardware, Link, MemoryLevel, Quantity, Rates
 from hrm.model import MoEModel

@@ -67,7 +67,7 @@ class Slot:
 
 @dataclass(frozen=True)
 class FfnSlot:
-    """Buffers of a micro-batch whose experts run on the CPU, on one side of the link."""
+    """Buffers of a micro-batch whose experts are tasks of their own, on one side of the link."""
 
     states: torch.Tensor
     """[μ, H], normed."""
@@ -148,8 +148,24 @@ class Buffers:
         # With all experts on the device there are none on the CPU.
         split = not policy.ffn_on_gpu and policy.weights_on_gpu < 1
         n, h, k = self.sizes.micro_batch, self.model.hidden_size, self.model.top_k
-        ring = range(ACTIVATION_SLOTS if split else 0)
         name = "ffn_slots"
+        if policy.expert_slots is not None:
+            rows = max(n, self.sizes.prompt_tokens)
+            self.device_ffn = [
+                FfnSlot(
+                    self._device(name, rows, h),
+                    self._device(name, rows, k, dtype=torch.int64),
+                    self._device(name, rows, k, dtype=torch.float32),
+                    (self._device(name, rows, h),),
+                )
+                for _ in range(ACTIVATION_SLOTS)
+            ]
+            none = torch.empty(0)
+            self.host_ffn = [
+                FfnSlot(none, self._host(rows, k, dtype=torch.int64), none, ()) for _ in range(ACTIVATION_SLOTS)
+            ]
+            return
+        ring = range(ACTIVATION_SLOTS if split else 0)
         self.device_ffn = [
             FfnSlot(
                 self._device(name, n, h),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 
@@ -10,10 +10,12 @@ from executor.buffers import FfnSlot
 from executor.cpu_attention import decode_attention
 from executor.device_attention import device_attention
 from executor.families import Routed
+from executor.gating.meter import GatingMeter
 from executor.grouped_experts import grouped_ffn, has_grouped_mm
-from executor.kernels import moe_ffn
+from executor.kernels import ExpertWeights, moe_ffn
 from executor.lanes import Handler
 from executor.places import Places, prompt_spans
+from executor.recording import RouteRecorder
 from executor.sampling import Sampling, choose
 from simulator.task import Op
 
@@ -31,9 +33,22 @@ class Compute:
     places : Places
     sampling : Sampling
     reduce : callable
+    recorder : RouteRecorder, optional
+        Keeps every token's choice of experts.
+    gating : GatingMeter, optional
+        Brings tokens to experts instead of the executor's own dynamic gating.
     """
 
-    def __init__(self, places: Places, *, sampling: Sampling, reduce: Reduce) -> None:
+    def __init__(
+        self,
+        places: Places,
+        *,
+        sampling: Sampling,
+        reduce: Reduce,
+        recorder: RouteRecorder | None = None,
+        gating: GatingMeter | None = None,
+    ) -> None:
+        self.recorder, self._gating = recorder, gating
         self._places, self._weights = places, places.weights
         self._sampling, self._reduce = sampling, reduce
         self._sinks: dict[tuple[int, torch.device], torch.Tensor | None] = {}
@@ -48,6 +63,7 @@ class Compute:
             Op.POST_ATTN: self.post_attention,
             Op.CPU_FFN: self.cpu_experts,
             Op.GPU_FFN: self.gpu_experts,
+            Op.EXPERTS: self.cached_experts,
             Op.ADD_FFN: self.add_experts,
             Op.SAMPLE: self.sample,
         }
@@ -83,11 +99,29 @@ class Compute:
     def _turn(self, positions: torch.Tensor) -> list[torch.Tensor]:
         return [table[positions] for table in self._weights.rotary]
 
-    def _feed_forward(self, step: int, layer: int, hidden: torch.Tensor) -> None:
+    def _keep_choices(self, step: int, layer: int, part: int, index: torch.Tensor) -> None:
+        if self.recorder is not None and self._places.model.layers[layer].ffn.routed:
+            self.recorder.add(step, layer, part, index)
+
+    def _hand_over(self, step: int, layer: int, part: int, hidden: torch.Tensor) -> None:
+        """Route a micro-batch; its experts, tasks of their own, find states and choices in a slot."""
+        dense, n = self._weights.layer(layer, self._places.visit(step, layer)), hidden.shape[0]
+        x, index, weight = dense.route(hidden)
+        self._keep_choices(step, layer, part, index)
+        slot, k = self._places.device_ffn(step, layer, part), index.shape[1]
+        slot.states[:n].copy_(x)
+        slot.index[:n, :k].copy_(self._weights.places(layer, index))
+        slot.weight[:n, :k].copy_(weight)
+        shared = dense.shared(x)
+        if shared is not None:
+            hidden.add_(self._reduce(shared))
+
+    def _feed_forward(self, step: int, layer: int, part: int, hidden: torch.Tensor) -> None:
         visit = self._places.visit(step, layer)
         dense = self._weights.layer(layer, visit)
         x, index, weight = dense.route(hidden)
-        y = self._device_experts(x, index, weight, layer, visit)
+        self._keep_choices(step, layer, part, index)
+        y = self._device_experts(x, self._weights.places(layer, index), weight, layer, visit)
         shared = dense.shared(x)
         hidden.add_(self._reduce(y if shared is None else y.add_(shared)))
 
@@ -97,10 +131,26 @@ class Compute:
         """The experts on the device as a layer visit finds them; without a visit, those that stay there."""
         weights, ffn = self._weights, self._places.model.layers[layer].ffn
         activation = weights.family.activation
-        if ffn.routed and has_grouped_mm(x.device, x.dtype, ffn.hidden_size, ffn.intermediate_size):
+        if (
+            self._gating is None
+            and ffn.routed
+            and has_grouped_mm(x.device, x.dtype, ffn.hidden_size, ffn.intermediate_size)
+        ):
             return grouped_ffn(x, index, weight, weights.groups(layer, visit), ffn.num_experts, activation)
         experts = weights.resident_experts(layer) if visit is None else weights.experts(layer, visit)
-        return moe_ffn(x, index, weight, experts, activation)
+        return self._run_experts(x, index, weight, experts, activation)
+
+    def _run_experts(
+        self,
+        x: torch.Tensor,
+        index: torch.Tensor,
+        weight: torch.Tensor,
+        experts: Sequence[ExpertWeights | None],
+        activation: Callable[[torch.Tensor], torch.Tensor],
+    ) -> torch.Tensor:
+        if self._gating is None or len(experts) == 1:
+            return moe_ffn(x, index, weight, experts, activation)
+        return self._gating.ffn(x, index, weight, experts, activation)
 
     def prefill(self, step: int, layer: int, part: int, ready: float) -> None:
         """Prefill: one layer on all prompt tokens of a micro-batch."""
@@ -117,7 +167,10 @@ class Compute:
         arena = places.device_rows(layer)
         for start, stop, target in prompt_spans(state, places.attention[layer].window, range(state.on_device)):
             arena[target : target + stop - start].copy_(rows[start:stop])
-        self._feed_forward(step, layer, hidden)
+        if self._weights.experts_cached is not None:
+            self._hand_over(step, layer, part, hidden)
+        else:
+            self._feed_forward(step, layer, part, hidden)
 
     def pre_attention(self, step: int, layer: int, part: int, ready: float) -> None:
         """PreAttn: norm, projections, rotary embedding; the result lies ready in a slot."""
@@ -189,39 +242,50 @@ class Compute:
     def post_attention(self, step: int, layer: int, part: int, ready: float) -> None:
         """PostAttn: O projection, router, experts; or states and choices for the experts of both processors."""
         places, hidden = self._places, self._places.hidden[part]
-        n = hidden.shape[0]
-        if not n:
+        if not hidden.shape[0]:
             return
         attended = places.attended(places.device_slot(step, layer, part), layer, part)
         dense = self._weights.layer(layer, places.visit(step, layer))
         hidden.add_(self._reduce(dense.decode_output(attended)))
-        if not places.buffers.device_ffn:
-            self._feed_forward(step, layer, hidden)
-            return
-        x, index, weight = dense.route(hidden)
-        slot, k = places.device_ffn(step, layer, part), index.shape[1]
-        slot.states[:n].copy_(x)
-        slot.index[:n, :k].copy_(index)
-        slot.weight[:n, :k].copy_(weight)
-        shared = dense.shared(x)
-        if shared is not None:
-            hidden.add_(self._reduce(shared))
+        if places.buffers.device_ffn:
+            self._hand_over(step, layer, part, hidden)
+        else:
+            self._feed_forward(step, layer, part, hidden)
 
     def gpu_experts(self, step: int, layer: int, part: int, ready: float) -> None:
         """GPUFFN: the experts that stay on the device."""
         slot = self._places.device_ffn(step, layer, part)
-        x, index, weight = self._routed(slot, layer, part)
+        x, index, weight = self._routed(slot, step, layer, part)
         if len(x):
             slot.sums[0][: len(x)] = self._device_experts(x, index, weight, layer, None)
 
-    def _routed(self, slot: FfnSlot, layer: int, part: int) -> Routed:
-        n, k = self._places.part(part).size, self._places.model.layers[layer].ffn.top_k
+    def cached_experts(self, step: int, layer: int, number: int, ready: float) -> None:
+        """Experts: those of a piece, which lie in the cache's slots; a dense FFN stays on the device."""
+        part, piece = self._places.piece(number)
+        slot = self._places.device_ffn(step, layer, part)
+        routed = self._routed(slot, step, layer, part)
+        total = slot.sums[0][: len(routed.x)]
+        if not len(total):
+            return
+        if self._places.model.layers[layer].ffn.routed:
+            cache = self._weights.experts_cached
+            assert cache is not None
+            cache.compute(step, layer, part, piece, routed, total, self._weights.family.activation)
+        elif piece == 0:
+            total.copy_(self._device_experts(*routed, layer, None))
+
+    def _routed(self, slot: FfnSlot, step: int, layer: int, part: int) -> Routed:
+        n, k = self._places.rows(step, part), self._places.model.layers[layer].ffn.top_k
         return Routed(slot.states[:n], slot.index[:n, :k], slot.weight[:n, :k])
 
     def add_experts(self, step: int, layer: int, part: int, ready: float) -> None:
         """AddFFN: what all experts made, to the hidden states."""
-        hidden = self._places.hidden[part]
-        from_gpu, from_cpu = (x[: hidden.shape[0]] for x in self._places.device_ffn(step, layer, part).sums)
+        hidden = self._places.states(step, layer, part)
+        sums = [x[: hidden.shape[0]] for x in self._places.device_ffn(step, layer, part).sums]
+        if len(sums) == 1:
+            hidden.add_(self._reduce(sums[0]))
+            return
+        from_gpu, from_cpu = sums
         hidden.add_(self._reduce(from_gpu + from_cpu if self._adds_resident else from_cpu.clone()))
 
     def sample(self, step: int, layer: int, part: int, ready: float) -> None:
@@ -256,7 +320,7 @@ class Compute:
     def cpu_experts(self, step: int, layer: int, part: int, ready: float) -> None:
         """CPUFFN: the experts that lie in host memory."""
         slot = self._places.host_ffn(step, layer, part)
-        x, index, weight = self._routed(slot, layer, part)
+        x, index, weight = self._routed(slot, step, layer, part)
         if len(x):
             experts = self._weights.host_experts(layer)
-            slot.sums[0][: len(x)] = moe_ffn(x, index, weight, experts, self._weights.family.activation)
+            slot.sums[0][: len(x)] = self._run_experts(x, index, weight, experts, self._weights.family.activation)

@@ -5,31 +5,33 @@ from __future__ import annotations
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
 from typing import Any, Literal
 
+import numpy as np
 import torch
 
 from executor.buffers import JOB_ITEMS
 from executor.checkpoint import Checkpoint
-from executor.jobs import Queue, batches, job_sizes
+from executor.gating.base import Gating
+from executor.gating.meter import GatingMeter
+from executor.jobs import Queue, job_sizes
 from executor.kv_cache import Request
 from executor.machine import ram_bytes
 from executor.memory import DeviceMemory
-from executor.placements import check_runnable, choose_policy
+from executor.placements import PINNED_SHARE, auto_policy, check_memory, check_runnable
+from executor.recording import RouteRecorder
+from executor.results import Answer, GenerationResult, Measured
 from executor.runtime import Runtime
 from executor.sampling import Sampling
 from executor.segment import Segment
 from executor.weights import WeightStore
-from hrm.errors import DoesNotFit, HrmError, InvalidValue, PolicyInfeasible
+from hrm.errors import InvalidValue, PolicyInfeasible
 from hrm.hardware import Hardware
-from hrm.memory import batch_footprint
 from hrm.model import MoEModel
 from hrm.pipeline import BatchShape
 from hrm.policy import Policy
 from hrm.systems import check_system
-from hrm.units import format_bytes
-from hrm.workload import Workload
+from simulator.experts.cache import DEFAULT_POLICY
 from simulator.schedules import schedule_builder
 from simulator.task import Op
 from simulator.timeline import Timeline
@@ -47,96 +49,7 @@ __all__ = [
 DEFAULT_LINK_BANDWIDTH = 2e9
 """Bytes/s of the paced link where there is no GPU."""
 
-PINNED_SHARE = 0.7
-"""Most of the host's memory that weights may lock, so that they need no staging copy."""
-
-_KEPT_TIMELINES = 16
-
 OnDone = Callable[[Op, int, float], None]
-
-
-@dataclass(frozen=True, kw_only=True)
-class Answer:
-    """A request that is done."""
-
-    index: int
-    """Its place among the prompts."""
-    output: list[int]
-    """Generated ids, the end token included."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class GenerationResult:
-    """All outputs in the order of the prompts, and the measurements."""
-
-    outputs: list[list[int]]
-    policy: Policy
-    system: str
-    prefill_s: float
-    decode_s: float
-    setup_s: float
-    """Loading weights and making buffers; not part of the throughput."""
-    peak_memory: dict[str, int]
-    segments: int
-    """Schedules that were run: batches, or spans of them between two admissions."""
-    batches: int
-    """Segments that began with prompts."""
-    busy_s: dict[str, float]
-    """Seconds that each lane was at work."""
-    timelines: list[Timeline] = field(repr=False)
-    """Of the first segments; a long job does not keep all of them."""
-
-    @property
-    def generated_tokens(self) -> int:
-        """Tokens in the outputs."""
-        return sum(map(len, self.outputs))
-
-    @property
-    def throughput_tok_s(self) -> float:
-        """Generated tokens per second of prefill and decode."""
-        return self.generated_tokens / (self.prefill_s + self.decode_s)
-
-    def utilization(self) -> dict[str, float]:
-        """Busy share of each lane."""
-        whole = self.prefill_s + self.decode_s
-        return {lane: seconds / whole for lane, seconds in self.busy_s.items()}
-
-    def to_dict(self) -> dict[str, Any]:
-        """The JSON of ``hrm run``."""
-        return {
-            "throughput_tok_s": self.throughput_tok_s,
-            "prefill_s": self.prefill_s,
-            "decode_s": self.decode_s,
-            "setup_s": self.setup_s,
-            "generated_tokens": self.generated_tokens,
-            "requests": len(self.outputs),
-            "batches": self.batches,
-            "segments": self.segments,
-            "system": self.system,
-            "peak_memory": self.peak_memory,
-            "utilization": self.utilization(),
-            "policy": self.policy.to_dict(),
-        }
-
-
-class _Measured:
-    """Sums over the timelines of a job, and the first of them."""
-
-    def __init__(self) -> None:
-        self.prefill_s = self.decode_s = 0.0
-        self.segments = self.batches = 0
-        self.busy_s: dict[str, float] = {}
-        self.timelines: list[Timeline] = []
-
-    def add(self, timeline: Timeline) -> None:
-        self.segments += 1
-        self.batches += timeline.prefill_s > 0
-        self.prefill_s += timeline.prefill_s
-        self.decode_s += timeline.decode_s
-        for lane, share in timeline.utilization().items():
-            self.busy_s[lane] = self.busy_s.get(lane, 0.0) + share * timeline.makespan
-        if len(self.timelines) < _KEPT_TIMELINES:
-            self.timelines.append(timeline)
 
 
 def pick_device(name: str | None) -> torch.device:
@@ -172,6 +85,15 @@ class Executor:
         Greedy by default.
     reduce : callable, optional
         Adds up partial sums of tensor parallelism.
+    cache_policy : str
+        With ``policy.expert_slots``: which expert makes room for another, see `simulator.experts.cache`.
+    popularity : ndarray, [MoE layers, E], optional
+        How often each expert is chosen (`RoutingTrace.popularity`): of experts that are computed where they lie, the
+        most popular lie on the device.
+    recorder : RouteRecorder, optional
+        Keeps every token's choice of experts.
+    gating : GatingMeter, optional
+        Brings tokens to experts by another gate than the executor's own dynamic one.
     """
 
     def __init__(
@@ -187,8 +109,14 @@ class Executor:
         pinned_weights: bool | None = None,
         sampling: Sampling | None = None,
         reduce: Callable[[torch.Tensor], torch.Tensor] | None = None,
+        cache_policy: str = DEFAULT_POLICY,
+        popularity: np.ndarray | None = None,
+        recorder: RouteRecorder | None = None,
+        gating: GatingMeter | None = None,
     ) -> None:
         check_runnable(system, policy)
+        if gating is not None and policy.expert_slots is not None:
+            raise InvalidValue("an expert cache computes expert by expert, dynamically; leave --gating out.")
         if max_tokens > checkpoint.model.max_positions:
             raise InvalidValue(
                 f"the longest prompt plus gen_len is {max_tokens} tokens, and {checkpoint.model.name} has "
@@ -203,6 +131,7 @@ class Executor:
         self.checkpoint, self.policy, self.system = checkpoint, policy, system
         self.link_bandwidth, self.sampling = link_bandwidth, sampling or Sampling()
         self._reduce = {} if reduce is None else {"reduce": reduce}
+        self._recorder, self._gating = recorder, gating
         streamed = (1 - policy.weights_on_gpu) * checkpoint.local.streamed_bytes
         always_staged = system in ("flexgen", "flexgen-c")
         if always_staged and pinned_weights:
@@ -219,6 +148,8 @@ class Executor:
                 system=system,
                 pinned=device.type == "cuda" and (pinned_weights or system == "deepspeed-zero"),
                 positions=max_tokens,
+                cache_policy=cache_policy,
+                popularity=popularity,
             )
         except torch.cuda.OutOfMemoryError:
             raise PolicyInfeasible(
@@ -239,7 +170,7 @@ class Executor:
         on_segment: Callable[[Timeline, BatchShape], None] | None = None,
         on_tokens: Callable[[int], None] | None = None,
         on_done: OnDone | None = None,
-    ) -> tuple[list[list[int]], _Measured]:
+    ) -> tuple[list[list[int]], Measured]:
         """Answer requests, as many at a time as the policy's batch; their outputs, and what was measured.
 
         Parameters
@@ -278,6 +209,8 @@ class Executor:
                 pinned=self.pinned_weights,
                 link_bandwidth=self.link_bandwidth,
                 sampling=self.sampling,
+                recorder=self._recorder,
+                gating=self._gating,
                 **self._reduce,
             )
             build = schedule_builder(
@@ -297,7 +230,7 @@ class Executor:
                 frozenset(end_tokens),
             )
             self.setup_s += time.perf_counter() - started
-            measured = _Measured()
+            measured = Measured()
             facts = {"policy": self.policy.to_dict(), "system": self.system}
 
             def work(segment: Segment) -> list[list[list[int]]]:
@@ -318,6 +251,14 @@ class Executor:
             raise _out_of_memory(sizes.micro_batch, self.system) from None
         finally:
             self.memory.release(JOB_ITEMS)
+
+    def expert_cache(self, measured: Measured) -> dict[str, Any] | None:
+        """What the expert cache did since this executor was made; None without one."""
+        cache = self.weights.experts_cached
+        if cache is None:
+            return None
+        about = {"slots": cache.slots, "policy": cache.policy}
+        return about | cache.counts.to_dict() | {"stall_s": measured.expert_stall_s}
 
     @property
     def peak_memory(self) -> dict[str, int]:
@@ -372,6 +313,10 @@ def generate(
     sampling: Sampling | None = None,
     names: Sequence[str | int] | None = None,
     reduce: Callable[[torch.Tensor], torch.Tensor] | None = None,
+    cache_policy: str = DEFAULT_POLICY,
+    popularity: np.ndarray | None = None,
+    recorder: RouteRecorder | None = None,
+    gating: Gating | None = None,
     on_answers: Callable[[list[Answer]], None] | None = None,
     on_segment: Callable[[Timeline, BatchShape], None] | None = None,
     on_tokens: Callable[[int], None] | None = None,
@@ -395,7 +340,9 @@ def generate(
         Budget of the device in bytes.
     link_bandwidth : float or None
         Bytes/s of the link where there is no GPU; None for as fast as copies go.
-    pinned_weights, sampling, reduce
+    gating : Gating, optional
+        Brings tokens to experts by another gate (`executor.gating.make_gating`) than the executor's own dynamic one.
+    pinned_weights, sampling, reduce, cache_policy, popularity, recorder
         As those of `Executor`.
     eos_token_ids : sequence of int
         Outputs end with the first of these; the freed place goes to a request that waits.
@@ -428,7 +375,16 @@ def generate(
             link_bandwidth=link_bandwidth,
         )
     check_runnable(system, policy)
-    _check_memory(checkpoint.local, list(map(len, prompts)), gen_lens, policy, system, target, device_memory)
+    check_memory(
+        checkpoint.local,
+        list(map(len, prompts)),
+        gen_lens,
+        policy,
+        system=system,
+        on_gpu=target.type == "cuda",
+        device_memory=device_memory,
+    )
+    meter = None if gating is None else GatingMeter(gating)
     executor = Executor(
         checkpoint,
         policy,
@@ -440,6 +396,10 @@ def generate(
         pinned_weights=pinned_weights,
         sampling=sampling,
         reduce=reduce,
+        cache_policy=cache_policy,
+        popularity=popularity,
+        recorder=recorder,
+        gating=meter,
     )
     outputs, measured = executor.run(
         prompts,
@@ -462,77 +422,7 @@ def generate(
         segments=measured.segments,
         batches=measured.batches,
         busy_s=measured.busy_s,
+        expert_cache=executor.expert_cache(measured),
+        gating=None if meter is None else meter.to_dict(),
         timelines=measured.timelines,
     )
-
-
-def _check_memory(
-    model: MoEModel,
-    prompt_lens: Sequence[int],
-    gen_lens: Sequence[int],
-    policy: Policy,
-    system: str,
-    device: torch.device,
-    device_memory: int | None,
-) -> None:
-    """Raise `DoesNotFit` if any batch needs more than the budget or this machine has."""
-    if device_memory is not None and device_memory < 1:
-        raise InvalidValue(f"'device_memory' must be >= 1: {device_memory}")
-    found = batches(prompt_lens, policy)
-    for number, groups in enumerate(found, start=1):
-        gen_len = max(gen_lens[i] for group in groups for i in group)
-        shape = BatchShape(tuple(tuple(prompt_lens[i] for i in group) for group in groups), gen_len)
-        need = batch_footprint(model, shape, policy, system=system)
-        which = f"batch {number} of {len(found)}" if len(found) > 1 else "the batch"
-        if device_memory is not None and need.gpu_bytes > device_memory:
-            raise DoesNotFit(
-                f"{which} needs {format_bytes(need.gpu_bytes)} of device memory, the budget is "
-                f"{format_bytes(device_memory)}. Raise --device-memory, or lower --weights-on-gpu or "
-                "--micro-batch-size."
-            )
-        host = need.cpu_bytes + (need.gpu_bytes if device.type == "cpu" else 0)
-        if host > ram_bytes():
-            raise DoesNotFit(
-                f"{which} needs {format_bytes(host)} of this machine's memory, which is "
-                f"{format_bytes(ram_bytes())}. Lower --batch-size."
-            )
-
-
-def auto_policy(
-    checkpoint: Checkpoint,
-    prompt_lens: Sequence[int],
-    gen_len: int,
-    *,
-    system: str = "moe-lightning",
-    hardware: Hardware | None,
-    device: torch.device,
-    device_memory: int | None,
-    link_bandwidth: float | None,
-) -> Policy:
-    """Ask the planner for a policy for these requests on this machine."""
-    from executor.probe import probe
-
-    machine = hardware or probe(checkpoint.model, device=device)
-    if machine.shared_memory != (device.type == "cpu"):
-        kind = "without" if machine.shared_memory else "with"
-        raise InvalidValue(
-            f"hardware {machine.name!r} describes a machine {kind} a GPU and the device is {device.type!r}; "
-            "give a file that `hrm probe` wrote here, or none."
-        )
-    machine = machine.with_capacity(gpu_bytes=device_memory)
-    if device.type == "cuda" and checkpoint.local.streamed_bytes < PINNED_SHARE * ram_bytes():
-        machine = machine.with_pinned_weights()  # as the run will do by default
-    if machine.shared_memory:
-        machine = machine.with_link(link_bandwidth)
-    workload = Workload(
-        name="prompts",
-        prompt_avg=sum(prompt_lens) / len(prompt_lens),
-        prompt_max=max(prompt_lens),
-        gen_len=gen_len,
-        # Longest first: a policy that fits the heaviest N requests fits any N.
-        prompt_lens=tuple(sorted(prompt_lens, reverse=True)),
-    )
-    try:
-        return choose_policy(system, checkpoint.model, machine, workload, len(prompt_lens))
-    except HrmError as error:
-        raise type(error)(f"no policy found: {error}") from None

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 
 from hrm.pipeline import FFN_CHUNK_ROWS
 
-__all__ = ["ExpertWeights", "causal_attention", "moe_ffn"]
+__all__ = ["ExpertWeights", "add_expert", "causal_attention", "moe_ffn"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,14 +80,26 @@ def moe_ffn(
     counts = torch.bincount(flat, minlength=len(experts)).tolist()
     start = 0
     for expert, count in zip(experts, counts, strict=True):
-        for first in range(start, start + count if expert else start, FFN_CHUNK_ROWS):
-            assert expert is not None
-            last = min(first + FFN_CHUNK_ROWS, start + count)
-            rows = token[first:last]
-            y = _expert(x[rows], expert, activation).mul_(weight[first:last, None])
-            out.index_add_(0, rows, y)
+        if expert:
+            span = slice(start, start + count)
+            add_expert(out, x, token[span], weight[span], expert, activation)
         start += count
     return out
+
+
+def add_expert(
+    out: torch.Tensor,
+    x: torch.Tensor,
+    token: torch.Tensor,
+    weight: torch.Tensor,
+    expert: ExpertWeights,
+    activation: Callable[[torch.Tensor], torch.Tensor],
+) -> None:
+    """Add to `out`, [tokens, H], what one expert makes of rows `token` of `x`, times their `weight`."""
+    for first in range(0, len(token), FFN_CHUNK_ROWS):
+        rows = token[first : first + FFN_CHUNK_ROWS]
+        y = _expert(x[rows], expert, activation)
+        out.index_add_(0, rows, y.mul_(weight[first : first + FFN_CHUNK_ROWS, None].to(y.dtype)))
 
 
 def _expert(x: torch.Tensor, expert: ExpertWeights, activation: Callable[[torch.Tensor], torch.Tensor]) -> torch.Tensor:

@@ -2,20 +2,32 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 
-from hrm.errors import DoesNotFit, InvalidValue
+import torch
+
+from executor.checkpoint import Checkpoint
+from executor.jobs import batches
+from executor.machine import ram_bytes
+from hrm.errors import DoesNotFit, HrmError, InvalidValue
 from hrm.hardware import Hardware
-from hrm.memory import Footprint, check_fits, footprint
+from hrm.memory import Footprint, batch_footprint, check_fits, footprint
 from hrm.model import MoEModel
+from hrm.pipeline import BatchShape
 from hrm.policy import Policy
 from hrm.search import plan
 from hrm.system_policies import system_policy
 from hrm.systems import check_system
+from hrm.units import format_bytes
 from hrm.workload import Workload
+from simulator.experts.residency import better_residency
 from simulator.schedules import check_buildable
 
-__all__ = ["check_runnable", "choose_policy"]
+__all__ = ["PINNED_SHARE", "auto_policy", "check_memory", "check_runnable", "choose_policy"]
+
+PINNED_SHARE = 0.7
+"""Most of the host's memory that weights may lock, so that they need no staging copy."""
 
 
 def check_runnable(system: str, policy: Policy | None = None) -> None:
@@ -29,7 +41,8 @@ def check_runnable(system: str, policy: Policy | None = None) -> None:
 def choose_policy(system: str, model: MoEModel, machine: Hardware, workload: Workload, num_requests: int) -> Policy:
     """The policy that answers `num_requests` requests soonest by prediction; for other systems, their own rule.
 
-    MoE-Lightning's planner chooses sizes, shares and places. The other systems' rules count memory in their own
+    MoE-Lightning's planner chooses sizes, shares and places, and for few requests whether experts are cached instead
+    of streamed. The other systems' rules count memory in their own
     way; micro-batches are halved until what this executor allocates fits.
 
     Raises
@@ -38,7 +51,8 @@ def choose_policy(system: str, model: MoEModel, machine: Hardware, workload: Wor
         If nothing fits.
     """
     if system == "moe-lightning":
-        return plan(model, machine, workload, num_requests=num_requests).policy
+        found = plan(model, machine, workload, num_requests=num_requests)
+        return better_residency(found, max_batch_size=num_requests).policy
     if system == "fastdecode":
         found = plan(model, machine, workload, num_requests=num_requests, attention_on_gpu=False, ffn_on_gpu=True)
         return found.policy
@@ -69,3 +83,90 @@ def _need(system: str, model: MoEModel, workload: Workload, policy: Policy) -> F
         attention_on_gpu=policy.attention_on_gpu,
         system=system,
     ).at(policy.weights_on_gpu, policy.kv_on_gpu)
+
+
+def check_memory(
+    model: MoEModel,
+    prompt_lens: Sequence[int],
+    gen_lens: Sequence[int],
+    policy: Policy,
+    *,
+    system: str,
+    on_gpu: bool,
+    device_memory: int | None = None,
+    ranks: int = 1,
+) -> None:
+    """Raise `DoesNotFit` if any batch needs more than the budget or this machine has.
+
+    Parameters
+    ----------
+    model : MoEModel
+        Shapes of one process' part.
+    on_gpu : bool
+        Whether the device has memory of its own.
+    device_memory : int, optional
+        Budget of each device in bytes.
+    ranks : int
+        Processes that share this machine.
+    """
+    if device_memory is not None and device_memory < 1:
+        raise InvalidValue(f"'device_memory' must be >= 1: {device_memory}")
+    found = batches(prompt_lens, policy)
+    for number, groups in enumerate(found, start=1):
+        gen_len = max(gen_lens[i] for group in groups for i in group)
+        shape = BatchShape(tuple(tuple(prompt_lens[i] for i in group) for group in groups), gen_len)
+        need = batch_footprint(model, shape, policy, system=system)
+        which = f"batch {number} of {len(found)}" if len(found) > 1 else "the batch"
+        if device_memory is not None and need.gpu_bytes > device_memory:
+            smaller = "--weights-on-gpu" if policy.expert_slots is None else "--expert-slots"
+            raise DoesNotFit(
+                f"{which} needs {format_bytes(need.gpu_bytes)} of device memory, the budget is "
+                f"{format_bytes(device_memory)}. Raise --device-memory, or lower {smaller} or --micro-batch-size."
+            )
+        host = need.cpu_bytes + (0 if on_gpu else need.gpu_bytes)
+        if ranks * host > ram_bytes():
+            each = f" on each of {ranks} ranks" if ranks > 1 else ""
+            raise DoesNotFit(
+                f"{which} needs {format_bytes(host)} of this machine's memory{each}, which is "
+                f"{format_bytes(ram_bytes())}. Lower --batch-size."
+            )
+
+
+def auto_policy(
+    checkpoint: Checkpoint,
+    prompt_lens: Sequence[int],
+    gen_len: int,
+    *,
+    system: str = "moe-lightning",
+    hardware: Hardware | None,
+    device: torch.device,
+    device_memory: int | None,
+    link_bandwidth: float | None,
+) -> Policy:
+    """Ask the planner for a policy for these requests on this machine."""
+    from executor.probe import probe
+
+    machine = hardware or probe(checkpoint.model, device=device)
+    if machine.shared_memory != (device.type == "cpu"):
+        kind = "without" if machine.shared_memory else "with"
+        raise InvalidValue(
+            f"hardware {machine.name!r} describes a machine {kind} a GPU and the device is {device.type!r}; "
+            "give a file that `hrm probe` wrote here, or none."
+        )
+    machine = machine.with_capacity(gpu_bytes=device_memory)
+    if device.type == "cuda" and checkpoint.local.streamed_bytes < PINNED_SHARE * ram_bytes():
+        machine = machine.with_pinned_weights()  # as the run will do by default
+    if machine.shared_memory:
+        machine = machine.with_link(link_bandwidth)
+    workload = Workload(
+        name="prompts",
+        prompt_avg=sum(prompt_lens) / len(prompt_lens),
+        prompt_max=max(prompt_lens),
+        gen_len=gen_len,
+        # Longest first: a policy that fits the heaviest N requests fits any N.
+        prompt_lens=tuple(sorted(prompt_lens, reverse=True)),
+    )
+    try:
+        return choose_policy(system, checkpoint.model, machine, workload, len(prompt_lens))
+    except HrmError as error:
+        raise type(error)(f"no policy found: {error}") from None

@@ -105,6 +105,14 @@ class Places:
         """Hidden states of a micro-batch on the device, in prefill or decode."""
         return self.prompt_hidden(layer, part) if step == 0 else self.hidden[part]
 
+    def rows(self, step: int, part: int) -> int:
+        """Tokens of a micro-batch: of its prompts in prefill, else one per request."""
+        return self.part(part).tokens if step == 0 else self.part(part).size
+
+    def piece(self, number: int) -> tuple[int, int]:
+        """Micro-batch and piece of a task whose experts come in pieces."""
+        return divmod(number, self.segment.schedule.num_pages)
+
     def prompt_rows(self, layer: int, part: int) -> torch.Tensor:
         """Cache rows of a micro-batch in prefill, on the device, [tokens, kv_elements]."""
         tokens, width = self.part(part).tokens, self.attention[layer].kv_elements
@@ -119,7 +127,7 @@ class Places:
         return self.buffers.host_slots[self._slot(step, layer, part)]
 
     def device_ffn(self, step: int, layer: int, part: int) -> FfnSlot:
-        """States and sums of a micro-batch whose experts run on the CPU, on the device."""
+        """States and sums of a micro-batch whose experts are tasks of their own, on the device."""
         return self.buffers.device_ffn[self._slot(step, layer, part)]
 
     def host_ffn(self, step: int, layer: int, part: int) -> FfnSlot:

@@ -23,6 +23,8 @@ __all__ = ["Prober", "probe"]
 
 _PASSES = 4
 _QUIET = 0.05
+Passes = list[dict[Key, float]]
+"""Seconds of every timed call, pass by pass."""
 _T = TypeVar("_T")
 
 
@@ -72,7 +74,7 @@ class Prober:
         device = device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self.progress = progress or (lambda _: None)
         self._bench = _in_thread(lambda: Bench(model, device))
-        self._passes: list[dict[Key, float]] = []
+        self._passes: Passes = []
         self._crowd: Crowd | None = None
         self._share = 0.0
 
@@ -86,8 +88,14 @@ class Prober:
             return self.hardware()
         return _in_thread(lambda: self._again(passes))
 
+    def machine_of(self, passes: Passes) -> Hardware:
+        """The machine that some passes show: each call by its median."""
+        if self._crowd is None:
+            raise ValueError("'machine_of' needs a full probe first: call 'hardware'.")
+        return self._describe(passes)
+
     @property
-    def last_passes(self) -> list[dict[Key, float]]:
+    def last_passes(self) -> Passes:
         """Seconds of every timed call in the passes of the last `hardware` or `refresh`."""
         return self._passes
 
@@ -103,17 +111,17 @@ class Prober:
                 done.append((wanted, max(1.0, statistics.median(value for _, value in points))))
             self._crowd = Crowd(task_s, Curve(tuple(done)), self._bench.copy_pair())
         self._share = load.share
-        return self._describe()
+        return self._describe(self._passes)
 
     def _again(self, passes: int) -> Hardware:
         with OtherLoad() as load:
             self._passes = [self._bench.one_pass() for _ in range(passes)]
         self._share = load.share
-        return self._describe()
+        return self._describe(self._passes)
 
-    def _describe(self) -> Hardware:
+    def _describe(self, passes: Passes) -> Hardware:
         assert self._crowd is not None
-        spent = {key: statistics.median(x[key] for x in self._passes) for key in self._passes[0]}
+        spent = {key: statistics.median(x[key] for x in passes) for key in passes[0]}
         return self._bench.hardware(spent, self._crowd, self._share)
 
     def _quiet(self, measure: Callable[[], Any], count: int, what: str) -> list[Any]:

@@ -15,15 +15,18 @@ import torch
 from executor.buffers import Buffers, Sizes
 from executor.checkpoint import Checkpoint
 from executor.compute import Compute, Reduce
+from executor.gating.meter import GatingMeter
 from executor.lanes import run_lanes
 from executor.memory import DeviceMemory
 from executor.places import Places
+from executor.recording import RouteRecorder
 from executor.sampling import Sampling
 from executor.segment import Segment
 from executor.transfers import Transfers
 from executor.weights import WeightStore
 from hrm.policy import Policy
 from hrm.systems import check_system
+from simulator.cache_costs import ExpertCaching
 from simulator.costs import task_work
 from simulator.task import Op
 from simulator.timeline import Timeline
@@ -49,6 +52,10 @@ class Runtime:
     sampling : Sampling
     reduce : callable, optional
         Adds up partial sums of tensor parallelism.
+    recorder : RouteRecorder, optional
+        Keeps every token's choice of experts.
+    gating : GatingMeter, optional
+        Brings tokens to experts instead of the executor's own dynamic gating.
     """
 
     def __init__(
@@ -64,13 +71,21 @@ class Runtime:
         link_bandwidth: float | None = None,
         sampling: Sampling | None = None,
         reduce: Reduce | None = None,
+        recorder: RouteRecorder | None = None,
+        gating: GatingMeter | None = None,
     ) -> None:
         self._memory, self._weights, self._sizes = memory, weights, sizes
         self.buffers = Buffers(checkpoint.local, checkpoint.dtype, memory, policy=policy, system=system, sizes=sizes)
         self.places = Places(self.buffers, weights, memory.device)
         in_place = pinned or check_system(system).pinned_layers == 0
         self.transfers = Transfers(self.places, in_place=in_place, link_bandwidth=link_bandwidth)
-        self.compute = Compute(self.places, sampling=sampling or Sampling(), reduce=reduce or (lambda x: x))
+        self.compute = Compute(
+            self.places,
+            sampling=sampling or Sampling(),
+            reduce=reduce or (lambda x: x),
+            recorder=recorder,
+            gating=gating,
+        )
 
     def begin(self, segment: Segment) -> None:
         """Take up the requests of a segment."""
@@ -80,6 +95,11 @@ class Runtime:
         self._memory.reserve("token_ids", 8 * (2 * tokens + requests * (1 + segment.steps)))
         self.places.begin(segment)
         self.compute.begin()
+        self.transfers.loaded.clear()
+        if self._weights.experts_cached is not None:
+            self._weights.experts_cached.begin()
+        if self.compute.recorder is not None:
+            self.compute.recorder.begin()
         if self.places.cuda:
             torch.cuda.synchronize(self._memory.device)
 
@@ -115,4 +135,12 @@ class Runtime:
         model, size = self.buffers.model, self._weights.slots[0].element_size()
         layers = zip(model.order, self._weights.layers, strict=True)
         streamed = {kind: float(layer.streamed * size) for kind, layer in layers}
-        return task_work(segment.schedule, model, segment.shape, streamed=streamed, kv_on_gpu=self._sizes.kv_share)
+        schedule, cache = segment.schedule, self._weights.experts_cached
+        caching = ExpertCaching(slots=cache.slots) if cache is not None else None
+        kept = self._sizes.kv_share
+        moved, flops = task_work(schedule, model, segment.shape, streamed=streamed, kv_on_gpu=kept, caching=caching)
+        # What a cache missed is known, not estimated.
+        for task in np.flatnonzero(schedule.mask(Op.LOAD_E)):
+            place = int(schedule.step[task]), int(schedule.layer[task]), int(schedule.part[task])
+            moved[task] = self.transfers.loaded.get(place, 0)
+        return moved, flops

@@ -21,25 +21,14 @@ from pathlib import Path
 from typing import Any
 
 from executor.checkpoint import Checkpoint
-from executor.generate import (
-    DEFAULT_LINK_BANDWIDTH,
-    PINNED_SHARE,
-    GenerationResult,
-    auto_policy,
-    check_requests,
-    generate,
-    pick_device,
-)
-from executor.jobs import batches
+from executor.generate import DEFAULT_LINK_BANDWIDTH, check_requests, generate, pick_device
 from executor.machine import ram_bytes
-from executor.placements import check_runnable
+from executor.placements import PINNED_SHARE, auto_policy, check_memory, check_runnable
 from executor.ranks import Member, Team
-from hrm.errors import DoesNotFit, InvalidValue
+from executor.results import GenerationResult
+from hrm.errors import InvalidValue
 from hrm.hardware import Hardware
-from hrm.memory import batch_footprint
-from hrm.pipeline import BatchShape
 from hrm.policy import Policy
-from hrm.units import format_bytes
 
 __all__ = ["generate_on", "policy_for", "share_of"]
 
@@ -101,12 +90,14 @@ def generate_on(
             link_bandwidth=link_bandwidth,
         )
     check_runnable(system, policy)
-    _check_host(team, mine, lengths, gen_lens, policy, system)
+    check_memory(
+        mine.local, lengths, gen_lens, policy, system=system, on_gpu=team.member.device != "cpu", ranks=team.world
+    )
     if pinned_weights is None:
         # Each rank sees only its own; where all together lock too much, none does.
         streamed = team.world * (1 - policy.weights_on_gpu) * mine.local.streamed_bytes
         pinned_weights = None if streamed < PINNED_SHARE * ram_bytes() else False
-    callbacks = {name: options.pop(name) for name in list(options) if name.startswith("on_")}
+    callbacks = {name: options.pop(name) for name in list(options) if name.startswith("on_") or name == "recorder"}
     job = options | {
         "gen_len": gen_lens,
         "policy": policy,
@@ -172,22 +163,6 @@ def policy_for(
 
 def _share(team: Team, bandwidth: float | None) -> float | None:
     return None if bandwidth is None else bandwidth / team.world
-
-
-def _check_host(
-    team: Team, checkpoint: Checkpoint, lengths: Sequence[int], gen_lens: Sequence[int], policy: Policy, system: str
-) -> None:
-    """Raise `DoesNotFit` if all ranks together need more than this machine's memory."""
-    for groups in batches(lengths, policy):
-        longest = max(gen_lens[i] for group in groups for i in group)
-        shape = BatchShape(tuple(tuple(lengths[i] for i in group) for group in groups), longest)
-        need = batch_footprint(checkpoint.local, shape, policy, system=system)
-        each = need.cpu_bytes + (need.gpu_bytes if team.member.device == "cpu" else 0)
-        if team.world * each > ram_bytes():
-            raise DoesNotFit(
-                f"a batch needs {format_bytes(each)} on each of {team.world} ranks, and this machine's memory is "
-                f"{format_bytes(ram_bytes())}. Lower --batch-size."
-            )
 
 
 def _generate(

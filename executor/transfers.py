@@ -27,6 +27,8 @@ class Transfers:
 
     def __init__(self, places: Places, *, in_place: bool, link_bandwidth: float | None) -> None:
         self._places, self._in_place = places, in_place
+        self.loaded: dict[tuple[int, int, int], int] = {}
+        """Bytes of every LoadExperts task of the segment."""
         self._up, self._down = PacedLink(link_bandwidth), PacedLink(link_bandwidth)
 
     def handlers(self) -> Mapping[Op, Handler]:
@@ -44,6 +46,8 @@ class Transfers:
             Op.LOAD_H: self.load_attended,
             Op.OFFLOAD_FFN: self.offload_states,
             Op.LOAD_FFN: self.load_expert_sums,
+            Op.OFFLOAD_ROUTES: self.offload_choices,
+            Op.LOAD_E: self.load_experts,
             Op.BARRIER: self.barrier,
         }
 
@@ -110,6 +114,29 @@ class Transfers:
         target = self._places.device_ffn(step, layer, part).sums[1]
         source = self._places.host_ffn(step, layer, part).sums[0]
         self._copy(self._up, target[:n].view(-1), source[:n].view(-1), ready)
+
+    def offload_choices(self, step: int, layer: int, part: int, ready: float) -> None:
+        """OffloadRoutes: the tokens' choice of experts, to the host."""
+        places, ffn = self._places, self._places.model.layers[layer].ffn
+        n = places.rows(step, part)
+        if n and ffn.routed:
+            here, there = places.device_ffn(step, layer, part), places.host_ffn(step, layer, part)
+            self._copy(self._down, there.index[:n].view(-1), here.index[:n].view(-1), ready)
+
+    def load_experts(self, step: int, layer: int, number: int, ready: float) -> None:
+        """LoadExperts: experts of a piece that the cache lacks, into its slots."""
+        places, ffn, cache = self._places, self._places.model.layers[layer].ffn, self._places.weights.experts_cached
+        part, piece = places.piece(number)
+        n = places.rows(step, part)
+        if not n or not ffn.routed or cache is None:
+            return
+        if piece == 0:
+            self._land()  # the choices
+            cache.visit(step, layer, part, places.host_ffn(step, layer, part).index[:n])
+        moved = cache.bring(
+            step, layer, part, piece, lambda target, source: self._copy(self._up, target, source, ready)
+        )
+        self.loaded[step, layer, number] = moved
 
     # -- KV cache ----------------------------------------------------------------------------------
 

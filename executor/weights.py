@@ -1,170 +1,27 @@
-"""Weights: what stays on the device, what lies in host memory and travels, and the double buffer that it travels to."""
+"""Weights: what stays on the device, what lies in host memory and travels, and what it travels to."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
 
+import numpy as np
 import torch
 
 from executor.checkpoint import Checkpoint
+from executor.expert_cache import DeviceExperts
 from executor.families import DecoderLayer
 from executor.grouped_experts import ExpertGroup
 from executor.kernels import ExpertWeights
 from executor.memory import DeviceMemory, host_tensor
-from hrm.layers import FeedForward
+from executor.weight_layout import LayerWeights
+from hrm.errors import InvalidValue
+from hrm.model import MoEModel
 from hrm.policy import Policy
 from hrm.systems import check_system
+from simulator.experts.cache import DEFAULT_POLICY
 
-__all__ = ["LayerWeights", "WeightStore"]
-
-Named = tuple[tuple[str, tuple[int, ...]], ...]
-
-
-@dataclass(frozen=True, slots=True)
-class LayerWeights:
-    """How the weights of one layer that may travel lie in a row: its experts, then matrices of attention.
-
-    Offsets count elements; the first `resident` stay on the device, the rest travels in pages.
-    """
-
-    ffn: FeedForward
-    dense: Named
-    """Name and shape of the matrices that travel with the experts."""
-    resident: int
-
-    @classmethod
-    def cut(cls, ffn: FeedForward, dense: Named, weights_on_gpu: float, *, whole_experts: bool = False) -> LayerWeights:
-        """Cut at the last matrix row that `weights_on_gpu` covers, or between experts.
-
-        Matrices of attention are not cut, nor are biases.
-        """
-        size, experts = ffn.expert_parameters, ffn.experts_parameters
-        wanted = math.floor(weights_on_gpu * (experts + _elements(dense)) + 1e-6)
-        if wanted >= experts:
-            end = experts
-            for _, shape in dense:
-                if end + math.prod(shape) > wanted:
-                    break
-                end += math.prod(shape)
-            return cls(ffn, dense, end)
-        expert, inside = divmod(wanted, size)
-        if whole_experts:
-            return cls(ffn, dense, expert * size)
-        h, i = ffn.hidden_size, ffn.intermediate_size
-        gate_up, matrices = 2 * i * h, 3 * i * h
-        if inside < gate_up:
-            inside = inside // h * h
-        elif inside < matrices:
-            inside = gate_up + (inside - gate_up) // i * i
-        else:
-            inside = matrices
-        return cls(ffn, dense, expert * size + inside)
-
-    @property
-    def streamed(self) -> int:
-        """Elements that travel."""
-        return self.ffn.experts_parameters + _elements(self.dense) - self.resident
-
-    def bounds(self, page: int, pages: int) -> tuple[int, int]:
-        """Where a page lies in the streamed part."""
-        return self.streamed * page // pages, self.streamed * (page + 1) // pages
-
-    def longest_page(self, pages: int) -> int:
-        """Elements of the longest page."""
-        return max((stop - start for start, stop in (self.bounds(p, pages) for p in range(pages))), default=0)
-
-    def pages_of(self, expert: int, pages: int) -> range:
-        """Pages that carry some of an expert's weights."""
-        size = self.ffn.expert_parameters
-        first = max(0, expert * size - self.resident)
-        last = max(0, (expert + 1) * size - self.resident)
-        hit = [p for p in range(pages) if self.bounds(p, pages)[0] < last and self.bounds(p, pages)[1] > first]
-        return range(hit[0], hit[-1] + 1) if hit else range(0)
-
-    def experts(self, resident: torch.Tensor | None, rest: torch.Tensor | None) -> list[ExpertWeights | None]:
-        """Views of every expert in the resident part and in what lies elsewhere.
-
-        Parameters
-        ----------
-        resident, rest : Tensor or None
-            None for a part that is not asked for: its experts are None.
-        """
-        ffn = self.ffn
-        h, i, size = ffn.hidden_size, ffn.intermediate_size, ffn.expert_parameters
-
-        def span(start: int, stop: int) -> list[torch.Tensor]:
-            border = min(max(self.resident, start), stop)
-            parts = []
-            if border > start:
-                assert resident is not None
-                parts.append(resident[start:border])
-            if stop > border:
-                assert rest is not None
-                parts.append(rest[border - self.resident : stop - self.resident])
-            return parts
-
-        views: list[ExpertWeights | None] = []
-        for e in range(ffn.num_experts):
-            start, stop = e * size, (e + 1) * size
-            if (resident is None and start < self.resident) or (rest is None and stop > self.resident):
-                views.append(None)
-                continue
-            down, other = start + 2 * i * h, start + 3 * i * h
-            biased = ffn.expert_other_parameters > 0
-            views.append(
-                ExpertWeights(
-                    [part.view(-1, h) for part in span(start, down)],
-                    [part.view(-1, i) for part in span(down, other)],
-                    span(other, other + 2 * i)[0] if biased else None,
-                    span(other + 2 * i, stop)[0] if biased else None,
-                )
-            )
-        return views
-
-    def groups(self, resident: torch.Tensor | None, rest: torch.Tensor | None) -> list[ExpertGroup]:
-        """The same experts as at most three groups: whole ones on either side of the border, and the cut one."""
-        size, count = self.ffn.expert_parameters, self.ffn.num_experts
-        whole, cut = divmod(min(self.resident, self.ffn.experts_parameters), size)
-        found = []
-        if resident is not None and whole:
-            found.append(self._group(0, resident[: whole * size].view(whole, size)))
-        if cut and resident is not None and rest is not None:
-            view = self.experts(resident, rest)[whole]
-            assert view is not None
-            gate_up, down = ([block[None] for block in matrix] for matrix in (view.gate_up, view.down))
-            biases = [None if bias is None else bias[None] for bias in (view.gate_up_bias, view.down_bias)]
-            found.append(ExpertGroup(whole, gate_up, down, *biases))
-        first = whole + (1 if cut else 0)
-        if rest is not None and first < count:
-            begin = first * size - self.resident
-            flat = rest[begin : begin + (count - first) * size].view(count - first, size)
-            found.append(self._group(first, flat))
-        return found
-
-    def _group(self, first: int, flat: torch.Tensor) -> ExpertGroup:
-        h, i = self.ffn.hidden_size, self.ffn.intermediate_size
-        gate_up, down = flat[:, : 2 * i * h].unflatten(1, (2 * i, h)), flat[:, 2 * i * h : 3 * i * h]
-        other = flat[:, 3 * i * h :]
-        biases = (other[:, : 2 * i], other[:, 2 * i :]) if self.ffn.expert_other_parameters else (None, None)
-        return ExpertGroup(first, [gate_up], [down.unflatten(1, (h, i))], *biases)
-
-    def matrices(self, resident: torch.Tensor, rest: torch.Tensor) -> dict[str, torch.Tensor]:
-        """Views of the matrices that travel with the experts, by name."""
-        views = {}
-        start = self.ffn.experts_parameters
-        for name, shape in self.dense:
-            stop = start + math.prod(shape)
-            stays = stop <= self.resident
-            flat = resident[start:stop] if stays else rest[start - self.resident : stop - self.resident]
-            views[name] = flat.view(shape)
-            start = stop
-        return views
-
-
-def _elements(dense: Named) -> int:
-    return sum(math.prod(shape) for _, shape in dense)
+__all__ = ["WeightStore"]
 
 
 class WeightStore:
@@ -182,6 +39,10 @@ class WeightStore:
         Put what travels into page-locked memory, from where it can travel without a staging copy.
     positions : int
         Rotary positions to prepare: longest prompt and generation.
+    cache_policy : str
+        With ``policy.expert_slots``: which expert makes room for another, see `simulator.experts.cache`.
+    popularity : ndarray, [MoE layers, E], optional
+        How often each expert is chosen: where only a share of them stays on the device, the most popular do.
     """
 
     SLOTS = 2
@@ -195,8 +56,13 @@ class WeightStore:
         system: str = "moe-lightning",
         pinned: bool = False,
         positions: int,
+        cache_policy: str = DEFAULT_POLICY,
+        popularity: np.ndarray | None = None,
     ) -> None:
         model = checkpoint.local
+        self._ranking = _ranking(model, popularity)
+        self._positions: dict[int, torch.Tensor] = {}
+        self.experts_cached: DeviceExperts | None = None
         self.family, self.model = checkpoint.family, model
         self._travels = check_system(system).streams_dense
         self._outer: dict[str, torch.Tensor] = {}
@@ -216,9 +82,14 @@ class WeightStore:
         owed = self._buffer_excess(policy)
         for layer in range(model.num_layers):
             owed = self._load(checkpoint, memory, policy, layer, owed, pinned)
-        longest = max(layer.streamed for layer in self.layers)
-        self.slots = [memory.empty("weight_buffers", (longest,), checkpoint.dtype) for _ in range(self.SLOTS)]
         self.host_bytes = sum(t.nbytes for t in self.host)
+        longest = max(layer.streamed for layer in self.layers)
+        if policy.expert_slots is not None:
+            longest = 0  # nothing comes as a whole layer
+            self.experts_cached = DeviceExperts(
+                model, memory, checkpoint.dtype, slots=policy.expert_slots, policy=cache_policy, host=self.host
+            )
+        self.slots = [memory.empty("weight_buffers", (longest,), checkpoint.dtype) for _ in range(self.SLOTS)]
         self._groups: dict[tuple[int, int], list[ExpertGroup]] = {}
         self._experts: dict[tuple[int, int], list[ExpertWeights | None]] = {}
         self._layers: dict[tuple[int, int], DecoderLayer] = {}
@@ -252,6 +123,8 @@ class WeightStore:
         checkpoint.read_dense(layer, sort)
         names = tuple((name, tuple(tensor.shape)) for name, tensor in dense.items())
         share = policy.weights_on_gpu
+        if policy.expert_slots is not None and not ffn.routed:
+            share = 1.0
         if policy.ffn_on_gpu:
             plan = LayerWeights.cut(ffn, names, share)
         else:
@@ -263,6 +136,11 @@ class WeightStore:
             plan = LayerWeights.cut(ffn, names, whole / ffn.num_experts, whole_experts=True)
         flat = torch.empty(plan.resident + plan.streamed, dtype=checkpoint.dtype)
         checkpoint.read_experts(layer, flat[: ffn.experts_parameters])
+        ranking = self._ranking.get(layer)
+        if ranking is not None:
+            experts = flat[: ffn.experts_parameters].view(ffn.num_experts, -1)
+            experts.copy_(experts[ranking])
+            self._positions[layer] = ranking.argsort().to(memory.device)
         start = ffn.experts_parameters
         for tensor in dense.values():
             flat[start : start + tensor.numel()].view(tensor.shape).copy_(tensor)
@@ -321,6 +199,11 @@ class WeightStore:
             self._experts[key] = self.layers[layer].experts(None, self.host[layer])
         return self._experts[key]
 
+    def places(self, layer: int, index: torch.Tensor) -> torch.Tensor:
+        """Where the chosen experts stand among the layer's weights: by popularity, if that is known."""
+        position = self._positions.get(layer)
+        return index if position is None else position[index]
+
     def embed(self, ids: torch.Tensor) -> torch.Tensor:
         """Token embeddings, [tokens, H]."""
         return self.family.embed(ids, self._outer)
@@ -328,3 +211,15 @@ class WeightStore:
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """[tokens, vocab]"""
         return self.family.logits(self._norm(hidden), self._outer)
+
+
+def _ranking(model: MoEModel, popularity: np.ndarray | None) -> dict[int, torch.Tensor]:
+    """The experts of every routed layer, the most popular first."""
+    if popularity is None:
+        return {}
+    routed = [number for number, layer in enumerate(model.layers) if layer.ffn.routed]
+    shape = (len(routed), model.num_experts)
+    if popularity.shape != shape:
+        raise InvalidValue(f"popularity is of {popularity.shape} (layers, experts); {model.name} has {shape}.")
+    order = np.argsort(-popularity, axis=1, kind="stable")
+    return {number: torch.from_numpy(np.ascontiguousarray(row)) for number, row in zip(routed, order, strict=True)}

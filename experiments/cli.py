@@ -12,6 +12,7 @@ import click
 
 from experiments.calibrating import calibrate_command
 from experiments.comparing import compare_command
+from experiments.experts import experts_group
 from experiments.jobs import run_command
 from experiments.listing import hardware_command, models_command, workloads_command
 from experiments.options import (
@@ -24,7 +25,7 @@ from experiments.output import emit
 from experiments.planning import plan_command, roofline_command, simulate_command, sweep_command
 from experiments.reproducing import reproduce_command
 from experiments.running import make_checkpoint_command, probe_command
-from hrm.errors import HrmError, NotBuiltYet
+from hrm.errors import HrmError
 
 __all__ = ["cli", "main"]
 
@@ -111,19 +112,6 @@ def validate_command(as_json: bool, **options: Any) -> None:
     emit(result, lambda: render(result), as_json=as_json)
 
 
-# -- what is not built yet -----------------------------------------------------------------------------
-
-
-def _not_built(name: str, summary: str) -> None:
-    @cli.command(name, help=f"{summary} Not in this version.", context_settings={"ignore_unknown_options": True})
-    @click.argument("args", nargs=-1, type=click.UNPROCESSED)
-    def command(args: tuple[str, ...]) -> None:
-        raise NotBuiltYet(f"'hrm {name}' is not built yet; this version cannot run it.")
-
-
-_not_built("experts", "Expert gating, caching and placement.")
-
-
 _COMMANDS = (
     roofline_command,
     plan_command,
@@ -138,6 +126,7 @@ _COMMANDS = (
     make_checkpoint_command,
     run_command,
     compare_command,
+    experts_group,
 )
 for _command in _COMMANDS:
     cli.add_command(_command)

@@ -26,8 +26,11 @@ from experiments.results import Results
 from experiments.running import DEVICE
 from hrm import BatchShape, Policy
 from hrm.catalog import load_hardware
+from hrm.errors import InvalidValue
 from hrm.systems import check_system
 from hrm.units import format_bandwidth, format_bytes, format_seconds
+from simulator.experts.cache import cache_policy as cache_policy_class
+from simulator.experts.trace import RoutingTrace
 from simulator.timeline import Timeline
 
 if TYPE_CHECKING:
@@ -56,6 +59,22 @@ _BAR = "{desc}: {n:.0f}/{total:.0f} tokens [{elapsed}<{remaining}, {rate_noinv_f
     "--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Of random prompts and of sampling."
 )
 @policy_options
+@click.option(
+    "--cache-policy",
+    metavar="P",
+    help="With --expert-slots: which expert makes room for another (default: inactive-first-lifo).",
+)
+@click.option("--gating", metavar="static|tutel|dynamic", help="How tokens are brought to experts (default: dynamic).")
+@click.option(
+    "--capacity-factor", type=float, metavar="C", help="With --gating: share of the tokens that one expert takes."
+)
+@click.option(
+    "--popularity",
+    type=click.Path(exists=True, dir_okay=False, path_type=Path),
+    metavar="TRACE",
+    help="A routing trace: experts that it shows to be popular are the ones that stay on the GPU.",
+)
+@click.option("--record-routing", type=OutFile((".npz",)), help="Write every token's choice of experts.")
 @click.option("--hardware", metavar="FILE", help="Choose the policy for this machine (default: probe it).")
 @DEVICE
 @tp_option
@@ -81,6 +100,11 @@ def run_command(
     top_p: float | None,
     seed: int,
     system: str,
+    cache_policy: str | None,
+    gating: str | None,
+    capacity_factor: float | None,
+    popularity: Path | None,
+    record_routing: Path | None,
     hardware: str | None,
     device: str | None,
     tp: int | None,
@@ -106,14 +130,22 @@ def run_command(
     if top_p is not None and temperature == 0:
         raise click.UsageError("--top-p needs --temperature T > 0; without it the likeliest token is taken.")
     policy = _policy(system, policy_values)
+    experts = _caching(policy, cache_policy)
+    if gating is None and capacity_factor is not None:
+        raise click.UsageError("--capacity-factor needs --gating static or --gating tutel.")
+    shares = RoutingTrace.load(popularity).popularity() if popularity else None
     machine = load_hardware(hardware) if hardware else None
     with executor_needed():
         from executor.placements import check_runnable
 
         check_runnable(system, policy)
         from executor.checkpoint import Checkpoint
+        from executor.gating import make_gating
         from executor.generate import pick_device
+        from executor.recording import RouteRecorder
         from executor.sampling import Sampling
+    if gating is not None:
+        experts["gating"] = make_gating(gating, capacity_factor=capacity_factor)
     sampling = Sampling(temperature=temperature, top_p=1.0 if top_p is None else top_p, seed=seed)
     target = pick_device(device)
     ranks = Ranks(tp, device)
@@ -166,6 +198,10 @@ def run_command(
             timed=target.type == "cpu",
         )
         files = [path for path in (trace, timeline) if path]
+        recorder = RouteRecorder(opened.local) if record_routing else None
+        if recorder is not None and record_routing is not None:
+            # What was routed until an interrupt is worth keeping.
+            stack.callback(recorder.save, record_routing)
 
         def keep(answers: list[Answer]) -> None:
             if results is not None:
@@ -191,6 +227,9 @@ def run_command(
             eos_token_ids=() if ignore_eos else eos_token_ids(checkpoint, opened.config),
             sampling=sampling,
             names=[r.id for r in waiting],
+            popularity=shares,
+            recorder=recorder,
+            **experts,
             on_answers=keep,
             on_segment=look,
             on_tokens=progress.tokens,
@@ -199,6 +238,19 @@ def run_command(
         )
     emit(result.to_dict() | about, lambda: _report(opened, result, about, out), as_json=as_json)
     _say_what_was_left_out(requests)
+
+
+def _caching(policy: Policy | None, name: str | None) -> dict[str, Any]:
+    """The cache's policy as an option of `generate`; refused by one line before anything is loaded."""
+    if name is None:
+        return {}
+    if policy is None or policy.expert_slots is None:
+        raise click.UsageError("--cache-policy needs --expert-slots K (and --batch-size), the cache that it rules.")
+    if cache_policy_class(name).looks_ahead:
+        raise InvalidValue(
+            f"cache policy {name!r} needs to know the future; it replays traces only (hrm experts cache)."
+        )
+    return {"cache_policy": name}
 
 
 _NOTHING_RUN: dict[str, Any] = {
@@ -213,6 +265,8 @@ _NOTHING_RUN: dict[str, Any] = {
     "policy": None,
     "batches": 0,
     "segments": 0,
+    "expert_cache": None,
+    "gating": None,
 }
 
 
@@ -247,6 +301,22 @@ def _say_what_was_left_out(requests: Requests) -> None:
         click.echo(requests.complaint(), err=True)
 
 
+def _expert_lines(result: GenerationResult) -> list[str]:
+    found, gating = result.expert_cache, result.gating
+    if gating is not None and gating["choices"]:
+        return [
+            f"  gating      {gating['gating']}: {gating['dropped']:,} of {gating['choices']:,} choices dropped, "
+            f"{gating['rows']:,} rows computed, {gating['waste_factor']:.3g} times those needed"
+        ]
+    if found is None:
+        return []
+    return [
+        f"  experts     {found['slots']} slots per layer ({found['policy']}): {found['misses']:,} of "
+        f"{found['accesses']:,} missed ({found['miss_rate'] or 0:.1%}), {format_bytes(found['bytes'])} loaded, "
+        f"the device waited {format_seconds(found['stall_s'])} for them"
+    ]
+
+
 def _report(checkpoint: Checkpoint, result: GenerationResult, about: dict[str, Any], out: Path | None) -> str:
     if about["device"] == "cuda":
         link = "the GPU's own"
@@ -268,6 +338,7 @@ def _report(checkpoint: Checkpoint, result: GenerationResult, about: dict[str, A
         f"  memory      device {format_bytes(result.peak_memory['device_bytes'])}, "
         f"host {format_bytes(result.peak_memory['host_bytes'])}",
         f"  busy        {percentages(result.utilization())}",
+        *_expert_lines(result),
         f"  outputs     {out if out else 'not kept; --out FILE.jsonl keeps them'}",
     ]
     return "\n".join(lines)

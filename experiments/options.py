@@ -16,13 +16,13 @@ from hrm.batching import batch_of
 from hrm.catalog import load_hardware, load_model
 from hrm.errors import HrmError, InvalidConfig, InvalidValue
 from hrm.hardware import Quantity
-from hrm.latency import Estimate
 from hrm.model import DTYPE_BYTES
 from hrm.sweep import MAX_JOBS
 from hrm.system_policies import system_policy
 from hrm.systems import System, check_system
 from hrm.units import MAX_SIZE, brief, parse_bandwidth, parse_bytes
 from simulator import Prediction, simulate
+from simulator.experts.residency import better_residency, evaluate_cached, simulated_estimate
 from simulator.schedules import check_buildable
 
 __all__ = [
@@ -178,6 +178,9 @@ policy_options = _stack(
     click.option("--kv-on-gpu", type=float, metavar="R", help="Share of the KV cache on the GPU, 0..1."),
     click.option("--attention-on-gpu", type=_SWITCH, metavar="0|1", help="Where decode attention runs."),
     click.option("--ffn-on-gpu", type=_SWITCH, metavar="0|1", help="Where the experts run."),
+    click.option(
+        "--expert-slots", type=int, metavar="K", help="Cache K experts per MoE layer on the GPU; a miss loads one."
+    ),
     click.option("--system", default="moe-lightning", metavar="S", show_default=True, help="Schedule to use."),
 )
 
@@ -227,6 +230,7 @@ def policy_of(
     kv_on_gpu: float | None,
     attention_on_gpu: int | None,
     ffn_on_gpu: int | None,
+    expert_slots: int | None,
 ) -> Policy | None:
     """The policy that was typed, or None if the planner is to choose one.
 
@@ -243,6 +247,7 @@ def policy_of(
         "kv_on_gpu": kv_on_gpu,
         "attention_on_gpu": None if attention_on_gpu is None else bool(attention_on_gpu),
         "ffn_on_gpu": None if ffn_on_gpu is None else bool(ffn_on_gpu),
+        "expert_slots": expert_slots,
     }
     given = {key: value for key, value in given.items() if value is not None}
     if batch_size is None:
@@ -338,13 +343,18 @@ def make_plan(
             with contextlib.suppress(InvalidConfig):
                 chosen = system_policy(system, the_model, machine, requests, max_batch_size=max_batch_size)
                 return evaluate(the_model, machine, requests, chosen, efficiency=efficiency, check=False)
+    if chosen is not None and chosen.expert_slots is not None:
+        check_buildable(system, chosen)
+        if objective == "paper":
+            raise click.UsageError("the authors' problem has no expert cache; leave --objective or --expert-slots out.")
+        return evaluate_cached(the_model, machine, requests, chosen, efficiency=efficiency)
     if chosen is not None:
         return evaluate(
             the_model, machine, requests, chosen, efficiency=efficiency, objective=objective or "throughput"
         )
     if simulated:
         places = _defaults(traits, places)
-    return plan(
+    found = plan(
         the_model,
         machine,
         requests,
@@ -354,26 +364,16 @@ def make_plan(
         max_batch_size=max_batch_size,
         **places,
     )
+    if simulated or objective == "paper" or max_batch_size is None or places.get("ffn_on_gpu") is False:
+        return found
+    where = places.get("attention_on_gpu")
+    return better_residency(found, max_batch_size=max_batch_size, attention_on_gpu=where, efficiency=efficiency)
 
 
 def simulated_plan(found: Plan, system: str) -> Plan:
     """A plan whose estimate is the simulator's, for systems that the closed form does not describe."""
     prediction = simulate_plan(found, system)
-    model, steps = found.model, max(1, found.workload.gen_len - 1)
-    whole = prediction.prefill_s + prediction.decode_s
-    busy = {_LANE_NAMES[lane]: share * whole for lane, share in prediction.utilization.items()}
-    bottleneck = max(busy, key=lambda name: busy[name])
-    share = prediction.decode_s / whole / steps / model.num_layers
-    estimate = Estimate(
-        throughput=prediction.throughput_tok_s,
-        prefill_s=prediction.prefill_s,
-        decode_s=prediction.decode_s,
-        layer_s=prediction.decode_s / steps / model.num_layers,
-        terms={name: seconds * share for name, seconds in busy.items()},
-        binding=busy,
-        needs=busy,
-        bottleneck=bottleneck,
-    )
+    estimate = simulated_estimate(found.model, found.workload, prediction)
     return replace(found, estimate=estimate, solver="simulation")
 
 
@@ -388,15 +388,6 @@ def simulate_plan(found: Plan, system: str, *, mean_output: float | None = None,
         num_gpus=found.hardware.num_gpus,
         **options,
     )
-
-
-_LANE_NAMES = {
-    "gpu": "GPU",
-    "cpu": "CPU attention",
-    "h2d": "link (CPU to GPU)",
-    "d2h": "link (GPU to CPU)",
-    "pin": "staging copy",
-}
 
 
 def _defaults(traits: System, places: dict[str, Any]) -> dict[str, Any]:

@@ -233,7 +233,7 @@ def simulate_command(
             f"in {format_seconds(prediction.wall_s)}"
             + (f", sampling error about {prediction.sampling_error:.2%}" if prediction.sampling_error else ""),
         ]
-        if options["system"] == "moe-lightning":
+        if options["system"] == "moe-lightning" and plan.solver != "simulation":
             lines.insert(3, f"  closed form {float(plan.estimate.throughput):.4g} tok/s")
         if prediction.played_tasks != prediction.num_tasks and (trace or timeline or gantt):
             lines.append("  note        the files hold the last three decode steps; --exact gives the whole run")

@@ -1,13 +1,15 @@
 """Predicted against measured on this machine: probe, plan, simulate and run a set of cases.
 
-Every prediction is made before its run, from probe constants alone. Kernels and copies are timed again
-right before each case (what lanes cost each other is measured once, at the start), because shared
-machines change speed from minute to minute. A case during which others took the processor, or after
-which the probe finds another machine than before, is run again.
+Predictions come from probe constants alone, never from runs. Kernels and copies are timed again right before and
+after each case (what lanes cost each other is measured once, at the start), because shared machines change speed from
+minute to minute; cases of one setting, whose systems are ranked, are predicted for one machine, that of all probes
+around them. A case during which others took the processor, or after which the probe finds another machine than before,
+is run again.
 """
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import os
@@ -17,34 +19,28 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from experiments.validation_cases import QUICK, Case, validation_cases
 from experiments.validation_report import ranking, render, roofs, write
-from hrm import BatchShape, Hardware, MoEModel, Plan, Workload, plan
-from hrm.bound import physical_bound
+from experiments.validation_runs import Runs
+from hrm import Hardware, MoEModel, Plan, Workload, plan
 from hrm.catalog import model_config
 from hrm.errors import HrmError
-from hrm.memory import batch_footprint
-from hrm.rates import Rates
-from simulator import Prediction, Timeline, simulate
-from simulator.compare import compare
+from simulator import Timeline
 from simulator.gantt import gantt_pair
 
 __all__ = ["render", "run_validation"]
 
 _DEMO_MODEL = "mixtral-demo"
 _DEMO_DEVICE_MEMORY = 288 * 2**20
-_MOST_TRIES = 3
-_QUIET_SHARE = 0.05
-_QUIET_DRIFT = 0.10
 # A quick validation tries no case again after this long, to end within three minutes.
 _RETRY_QUICK_S = 75.0
 _KEEP_S = 6 * 3600.0
 # While others use the processor, a case waits this often for a pause before it is predicted.
-_PATIENCE, _PATIENCE_QUICK, _PAUSE_S = 6, 1, 5.0
+_PATIENCE, _PATIENCE_QUICK = 6, 1
 
 
 def run_validation(
@@ -105,16 +101,23 @@ def run_validation(
     kept = _Kept(out / "cases.partial.jsonl", _conditions(checkpoint, device_memory, pace, machine))
     patience = _PATIENCE_QUICK if quick else _PATIENCE
     deadline = started + _RETRY_QUICK_S if quick else math.inf
-    rows = []
-    for number, case in enumerate(cases, start=1):
-        row = kept.find(case)
-        if row is None:
-            say(f"case {number}/{len(cases)}: {case.name} ({case.policy})")
-            row = _validate(case, opened, prober, target, device_memory, out, say, patience, deadline)
-            kept.add(case, row)
-        else:
-            say(f"case {number}/{len(cases)}: {case.name} was finished before")
-        rows.append(row)
+    runs = Runs(opened, prober, target, device_memory, say, patience, deadline)
+    rows, number = [], 0
+    for _, group in itertools.groupby(cases, key=lambda case: case.setting):
+        waiting = []
+        for case in group:
+            number += 1
+            done = kept.find(case)
+            say(f"case {number}/{len(cases)}: {case.name} " + ("was finished before" if done else f"({case.policy})"))
+            if done:
+                rows.append(done)
+            else:
+                waiting.append(runs.measure(case))
+        for run, row, prediction in runs.predict(waiting):
+            kept.add(run.case, row)
+            rows.append(row)
+            if run.case.name == "planned":
+                _save_timelines(run.case, prediction.timeline, run.timeline, out)
     errors = [abs(row["error"]) for row in rows]
     quiet = [abs(row["error"]) for row in rows if not row["disturbed"]]
     result = {
@@ -188,143 +191,6 @@ def _plan(model: MoEModel, machine: Hardware, device_memory: int | None, pace: f
     return plan(model, here, workload, num_requests=96, attention_on_gpu=False, ffn_on_gpu=True)
 
 
-def _validate(
-    case: Case,
-    checkpoint: Any,
-    prober: Any,
-    device: Any,
-    device_memory: int | None,
-    out: Path,
-    say: Callable[[str], None],
-    patience: int,
-    deadline: float,
-) -> dict[str, Any]:
-    """Predict and run a case, again if it was disturbed; the least disturbed try counts."""
-    best: tuple[float, dict[str, Any], Prediction, Timeline] | None = None
-    for attempt in range(1, _MOST_TRIES + 1):
-        row, prediction, measured = _try(case, checkpoint, prober, device, device_memory, patience)
-        disturbance = max(row["cpu_taken_by_others"] / _QUIET_SHARE, row["drift"] / _QUIET_DRIFT)
-        row |= {"attempts": attempt, "disturbed": disturbance > 1}
-        say(
-            f"  predicted {row['predicted_tok_s']:.1f}, measured {row['measured_tok_s']:.1f} tok/s "
-            f"({row['error']:+.1%}); others took {row['cpu_taken_by_others']:.0%} of the CPU, "
-            f"speed drifted {row['drift']:.0%}" + (", disturbed" if disturbance > 1 else "")
-        )
-        if best is None or disturbance < best[0]:
-            best = (disturbance, row, prediction, measured)
-        if disturbance <= 1 or time.monotonic() > deadline:
-            break
-    assert best is not None
-    _, row, prediction, measured = best
-    row["attempts"] = attempt
-    if case.name == "planned":
-        _save_timelines(case, prediction.timeline, measured, out)
-    return row
-
-
-def _try(
-    case: Case, checkpoint: Any, prober: Any, device: Any, device_memory: int | None, patience: int
-) -> tuple[dict[str, Any], Prediction, Timeline]:
-    from executor.generate import generate
-    from executor.machine import OtherLoad
-
-    waited = 0
-    while True:
-        with OtherLoad() as before_load:
-            machine = prober.refresh()
-        if before_load.share <= _QUIET_SHARE or waited >= patience:
-            break
-        time.sleep(_PAUSE_S)
-        waited += 1
-    before = prober.last_passes
-    shape = case.shape()
-    rates = replace(machine.rates().with_link(case.link_bandwidth), stages_weights=not case.pinned_weights)
-    prediction = simulate(checkpoint.model, rates, case.policy, shape, system=case.system, exact=True)
-    memory = batch_footprint(checkpoint.model, shape, case.policy, system=case.system)
-    budget = device_memory if case.name == "planned" and device_memory else math.ceil(memory.gpu_bytes)
-    lengths = case.lengths()
-    vocabulary = checkpoint.model.vocab_size
-    prompts = [[(7919 * (i + 1) * (j + 3)) % vocabulary for j in range(n)] for i, n in enumerate(lengths)]
-    with OtherLoad() as load:
-        result = generate(
-            checkpoint,
-            prompts,
-            gen_len=case.gen_len,
-            policy=case.policy,
-            system=case.system,
-            pinned_weights=case.pinned_weights,
-            device=device.type,
-            device_memory=budget if device.type == "cpu" else device_memory,
-            link_bandwidth=case.link_bandwidth,
-        )
-    with OtherLoad() as after_load:
-        prober.refresh(passes=1)
-    measured = result.timelines[0]
-    op, seconds = _worst_class(prediction.timeline, measured)
-    steps = case.batch_size * (case.gen_len - 1)
-    row = asdict(case) | {
-        "num_micro_batches": case.policy.num_micro_batches,
-        "prompt_lens": list(case.prompt_lens),
-        "predicted_tok_s": prediction.throughput_tok_s,
-        "measured_tok_s": result.throughput_tok_s,
-        "error": prediction.throughput_tok_s / result.throughput_tok_s - 1,
-        "predicted_prefill_s": prediction.prefill_s,
-        "measured_prefill_s": result.prefill_s,
-        "predicted_decode_s": prediction.decode_s,
-        "measured_decode_s": result.decode_s,
-        **_limit(case, checkpoint.model, rates, shape, steps / result.decode_s if steps else 0.0),
-        "loss": compare(prediction.timeline, measured).loss().sentence(),
-        "predicted_utilization": prediction.timeline.decode_utilization(),
-        "measured_utilization": measured.decode_utilization(),
-        "most_off": op,
-        "most_off_s": seconds,
-        "device_budget_bytes": budget,
-        "peak_memory": result.peak_memory,
-        "cpu_taken_by_others": max(before_load.share, load.share, after_load.share),
-        "drift": _drift(before, prober.last_passes),
-    }
-    return row, prediction, measured
-
-
-def _limit(case: Case, model: MoEModel, rates: Rates, shape: BatchShape, measured: float) -> dict[str, Any]:
-    """How near decode came to what no schedule can pass; for systems whose dense weights stay on the device."""
-    if case.system not in ("moe-lightning", "fastdecode") or case.gen_len < 2:
-        return {"bound_decode_tok_s": None, "bound_by": None, "share_of_bound": None}
-    prompt = sum(shape.prompt_tokens) / case.batch_size
-    bound = physical_bound(model, rates, case.policy, prompt_len=prompt, gen_len=case.gen_len, prefill=False)
-    tok_s = case.batch_size * (case.gen_len - 1) / max(bound.seconds.values())
-    return {"bound_decode_tok_s": tok_s, "bound_by": bound.resource, "share_of_bound": measured / tok_s}
-
-
-def _drift(before: list[dict[Any, float]], after: list[dict[Any, float]]) -> float:
-    """How far the machine's speed moved: mean relative change of the long calls of the probe."""
-    changes = []
-    for key in before[0]:
-        if key[0] in ("experts", "gemm", "staging", "attention"):
-            old = statistics.median(single[key] for single in before)
-            new = statistics.median(single[key] for single in after)
-            changes.append(math.log(new / old))
-    return abs(math.expm1(statistics.median(changes)))
-
-
-def _worst_class(predicted: Timeline, measured: Timeline) -> tuple[str, float]:
-    """The task class whose total time differs most, and by how many seconds (measured minus predicted)."""
-    difference = measured.by_op()["seconds"] - predicted.by_op()["seconds"]
-    phase, op = difference.abs().idxmax()
-    return f"{phase} {op}", float(difference[phase, op])
-
-
-def _save_timelines(case: Case, predicted: Timeline, measured: Timeline, out: Path) -> None:
-    import matplotlib.pyplot as plt
-
-    for name, timeline in (("predicted", predicted), ("measured", measured)):
-        timeline.save(out / f"{name}.json")
-        timeline.save_trace(out / f"{name}.trace.json")
-    figure = gantt_pair(predicted, measured, title=f"CGOPipe, one schedule played and run: {case.policy}")
-    figure.savefig(out / "gantt.png", dpi=130)
-    plt.close(figure)
-
-
 class _Kept:
     """Cases that a killed run had finished, one JSON line each."""
 
@@ -357,3 +223,14 @@ class _Kept:
 
     def finish(self) -> None:
         self._path.unlink(missing_ok=True)
+
+
+def _save_timelines(case: Case, predicted: Timeline, measured: Timeline, out: Path) -> None:
+    import matplotlib.pyplot as plt
+
+    for name, timeline in (("predicted", predicted), ("measured", measured)):
+        timeline.save(out / f"{name}.json")
+        timeline.save_trace(out / f"{name}.trace.json")
+    figure = gantt_pair(predicted, measured, title=f"CGOPipe, one schedule played and run: {case.policy}")
+    figure.savefig(out / "gantt.png", dpi=130)
+    plt.close(figure)

@@ -25,6 +25,7 @@ class Case:
     kv_on_gpu: float = 0.0
     attention_on_gpu: bool = False
     ffn_on_gpu: bool = True
+    expert_slots: int | None = None
     pinned_weights: bool = False
     """Weights travel from where they lie, without a staging copy."""
     prompt_lens: tuple[int, ...]
@@ -43,6 +44,7 @@ class Case:
             ffn_on_gpu=self.ffn_on_gpu,
             weights_on_gpu=self.weights_on_gpu,
             kv_on_gpu=self.kv_on_gpu,
+            expert_slots=self.expert_slots,
         )
 
     def lengths(self) -> list[int]:
@@ -90,6 +92,20 @@ _SINGLE: tuple[tuple[str, dict[str, Any]], ...] = (
     (
         "experts on both",
         {"n": 32, "mu": 8, "lens": (32,), "gen": 12, "link": 1e9, "ffn_on_gpu": False, "weights_on_gpu": 0.5},
+    ),
+    ("expert cache", {"n": 2, "mu": 2, "lens": (32,), "gen": 16, "link": 1e9, "expert_slots": 3}),
+    (
+        "expert cache, GPU attention",
+        {
+            "n": 6,
+            "mu": 3,
+            "lens": (32,),
+            "gen": 16,
+            "link": 2e9,
+            "expert_slots": 5,
+            "attention_on_gpu": True,
+            "kv_on_gpu": 1.0,
+        },
     ),
 )
 

@@ -82,6 +82,9 @@ def physical_bound(
     Bound
     """
     n, r_w, r_c = policy.batch_size, policy.weights_on_gpu, policy.kv_on_gpu
+    if policy.expert_slots is not None:
+        # With uniform routing an expert is in the cache with probability K/E, whatever makes room for what.
+        r_w = min(1.0, policy.expert_slots / model.num_experts)
     steps = decode_steps(model, gen_len)
     first, last = contexts(model, prompt_len, gen_len)
     prompt = n * prompt_len

@@ -17,9 +17,11 @@ from hrm.model import MoEModel
 from hrm.operators import kv_shards
 from hrm.pipeline import (
     ACTIVATION_SLOTS,
+    PIECES_IN_FLIGHT,
     PINNED_PAGES,
     BatchShape,
     activation_bytes,
+    expert_pieces,
     prefill_slot_bytes,
     workspace_bytes,
 )
@@ -86,6 +88,7 @@ def footprint(
     ffn_on_gpu: bool = True,
     num_gpus: int = 1,
     system: str = "moe-lightning",
+    expert_slots: int | None = None,
 ) -> Footprint:
     """Memory of a run, affine in r_w and r_c.
 
@@ -101,6 +104,9 @@ def footprint(
         GPUs that share weights and KV; each keeps all hidden states.
     system : str
         Whose buffers, see `hrm.systems`.
+    expert_slots : int, optional
+        K of an expert cache: every routed layer keeps K experts on the GPU, and all of them on the host; pieces of
+        experts on their way or in use take the place of the weight buffers.
 
     Returns
     -------
@@ -149,6 +155,8 @@ def footprint(
         gpu["kv_buffers"] = (2 * (micro_batch_tokens + micro_batch_size * gen_len) * per_layer) * KV_STREAMED
         if traits.stages_kv:
             cpu["pinned_kv"] = gpu["kv_buffers"]
+    if expert_slots is not None:
+        _add_cache(model, expert_slots, np.maximum(micro_batch_tokens, micro_batch_size), t, gpu, cpu)
     if not ffn_on_gpu:
         widths = model.hidden_size + 2 * model.top_k * (model.hidden_size + 2 * model.intermediate_size)
         cpu["expert_workspace"] = micro_batch_size * widths * b
@@ -157,6 +165,25 @@ def footprint(
         gpu["ffn_slots"] = ACTIVATION_SLOTS * micro_batch_size * (3 * model.hidden_bytes + choice)
         cpu["ffn_slots"] = ACTIVATION_SLOTS * micro_batch_size * (2 * model.hidden_bytes + choice)
     return Footprint(gpu=gpu, cpu=cpu)
+
+
+def _add_cache(model: MoEModel, slots: int, rows: Any, num_gpus: int, gpu: dict[str, Any], cpu: dict[str, Any]) -> None:
+    """Replace what streams as pages by what a cache of whole experts takes, in place."""
+    kept = host = largest = 0.0
+    for kind in model.order:
+        ffn = model.kinds[kind].ffn
+        size = ffn.expert_parameters * model.expert_element_bytes
+        if not ffn.routed:
+            kept += size
+            continue
+        kept += min(slots, ffn.num_experts) * size
+        host += ffn.num_experts * size
+        largest = max(largest, PIECES_IN_FLIGHT * expert_pieces(ffn.num_experts)[1] * size)
+    gpu["resident_experts"], gpu["weight_buffers"] = kept / num_gpus, largest / num_gpus
+    cpu["streamed_experts"], cpu["pinned_pages"] = host, 0.0
+    choice = 12.0 * model.top_k
+    gpu["ffn_slots"] = ACTIVATION_SLOTS * rows * (2 * model.hidden_bytes + choice)
+    cpu["ffn_slots"] = ACTIVATION_SLOTS * rows * 8.0 * model.top_k
 
 
 def kv_cache_bytes(model: MoEModel, batch_size: Any, batch_tokens: Any, gen_len: Any, *, num_gpus: int = 1) -> Any:
@@ -200,6 +227,7 @@ def batch_footprint(model: MoEModel, batch: BatchShape, policy: Policy, *, syste
         attention_on_gpu=policy.attention_on_gpu,
         ffn_on_gpu=policy.ffn_on_gpu,
         system=system,
+        expert_slots=policy.expert_slots,
     ).at(policy.weights_on_gpu, policy.kv_on_gpu)
 
 
@@ -229,7 +257,7 @@ def check_fits(need: Footprint, hardware: Hardware) -> None:
                 f"{format_bytes(max(room, 0.0))} to use: {format_bytes(total - room)} too much "
                 f"(largest: {largest}, {format_bytes(items[largest])}). "
                 + (
-                    "Lower --micro-batch-size or --weights-on-gpu, or raise --device-memory."
+                    "Lower --micro-batch-size, --weights-on-gpu or --expert-slots, or raise --device-memory."
                     if tier == "GPU"
                     else "Lower --batch-size, or raise --weights-on-gpu."
                 )

@@ -11,7 +11,16 @@ from hrm.errors import InvalidValue
 from hrm.layers import Attention
 from hrm.model import MoEModel
 
-__all__ = ["ACTIVATION_SLOTS", "FFN_CHUNK_ROWS", "LOOKAHEAD", "PINNED_PAGES", "BatchShape"]
+__all__ = [
+    "ACTIVATION_SLOTS",
+    "EXPERT_PIECES",
+    "FFN_CHUNK_ROWS",
+    "LOOKAHEAD",
+    "PIECES_IN_FLIGHT",
+    "PINNED_PAGES",
+    "BatchShape",
+    "expert_pieces",
+]
 
 LOOKAHEAD = 2
 """Micro-batches that PreAttn runs ahead of PostAttn (MoE-Lightning, Algorithm 1)."""
@@ -21,6 +30,19 @@ ACTIVATION_SLOTS = LOOKAHEAD + 1
 
 PINNED_PAGES = LOOKAHEAD + 2
 """Pages of the pinned ring: two staged ahead, one in transfer, one being filled."""
+
+EXPERT_PIECES = 8
+"""With an expert cache, the most pieces in which a micro-batch's active experts come and are computed."""
+
+PIECES_IN_FLIGHT = 2
+"""Pieces whose experts must lie on the device at once: one is computed while the next one comes."""
+
+
+def expert_pieces(num_experts: int) -> tuple[int, int]:
+    """Pieces of a layer's active experts, and the most experts of a piece."""
+    pieces = min(EXPERT_PIECES, num_experts)
+    return pieces, -(-num_experts // pieces)
+
 
 FFN_CHUNK_ROWS = 2048
 """Longest run of tokens that one expert takes at a time; bounds the workspace of prefill."""

@@ -33,6 +33,9 @@ class Policy:
     """r_w: fraction of each layer's expert weights that stays on the GPU."""
     kv_on_gpu: float = 0.0
     """r_c: fraction of the KV cache that stays on the GPU."""
+    expert_slots: int | None = None
+    """K: experts of each MoE layer that a cache on the GPU holds; a miss brings one whole expert there ("Towards MoE
+    Deployment", section V). None: no cache, a layer's weights travel whether they are used or not."""
 
     def __post_init__(self) -> None:
         for name in ("batch_size", "micro_batch_size"):
@@ -47,6 +50,15 @@ class Policy:
             value = getattr(self, name)
             if not 0 <= value <= 1:
                 raise InvalidValue(f"{name!r} must be between 0 and 1: {value}")
+        slots = self.expert_slots
+        if slots is None:
+            return
+        if not isinstance(slots, int) or isinstance(slots, bool) or not 1 <= slots <= MAX_SIZE:
+            raise InvalidValue(f"'expert_slots' must be an integer >= 1: {brief(slots)}")
+        if not self.ffn_on_gpu or self.weights_on_gpu > 0:
+            raise InvalidValue(
+                "with 'expert_slots' the slots say what is on the GPU: leave ffn_on_gpu 1, weights_on_gpu 0"
+            )
 
     @property
     def num_micro_batches(self) -> int:
@@ -69,4 +81,5 @@ class Policy:
             f"N={self.batch_size} mu={self.micro_batch_size} G={self.num_micro_batches} "
             f"r_w={self.weights_on_gpu:.3f} r_c={self.kv_on_gpu:.2f} "
             f"attention={'GPU' if self.attention_on_gpu else 'CPU'} experts={self.experts_on}"
+            + (f" slots={self.expert_slots}" if self.expert_slots is not None else "")
         )

@@ -134,6 +134,7 @@ def workload_footprint(
     num_micro_batches: Any,
     batch_size: Any = None,
     num_gpus: int = 1,
+    expert_slots: int | None = None,
 ) -> Any:
     """Memory of a policy on a workload; with known lengths, for the heaviest micro-batch of Algorithm 2."""
     mu, g = micro_batch_size, num_micro_batches
@@ -154,6 +155,7 @@ def workload_footprint(
         attention_on_gpu=place.attention_on_gpu,
         ffn_on_gpu=place.ffn_on_gpu,
         num_gpus=num_gpus,
+        expert_slots=expert_slots,
     )
 
 

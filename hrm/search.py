@@ -71,6 +71,8 @@ def evaluate(
     started = time.perf_counter()
     _check_request(model, workload, objective)
     rates = hardware.rates(_rate_set(hardware, efficiency, objective))
+    if policy.expert_slots is not None:
+        raise InvalidValue("the closed form knows no expert cache; simulator.experts.residency.evaluate_cached does.")
     if policy.kv_on_gpu > 0 and not policy.attention_on_gpu:
         raise InvalidValue(f"'kv_on_gpu' must be 0 where attention runs on the CPU: {policy.kv_on_gpu}")
     if objective == "throughput" and check:

@@ -104,11 +104,18 @@ class TaskTimes:
 
     def gpu_experts(self, tokens: Any, layer: Layer | None = None) -> Any:
         """The routed experts of a micro-batch, on the GPU, all of them."""
-        return self._gpu([expert_ffn(self.model, tokens, layer)])
+        return self.on_gpu(expert_ffn(self.model, tokens, layer))
+
+    def on_gpu(self, op: Operator) -> Any:
+        """One operator on the GPU."""
+        return self._gpu([op])
 
     def cpu_experts(self, tokens: Any, layer: Layer | None = None) -> Any:
         """The routed experts of a micro-batch, on the CPU, all of them."""
-        op = expert_ffn(self.model, tokens, layer)
+        return self.experts_on_cpu(expert_ffn(self.model, tokens, layer))
+
+    def experts_on_cpu(self, op: Operator) -> Any:
+        """Routed experts on the CPU."""
         compute = op.flops / self.rates.cpu_experts.at(op.rows)
         return np.maximum(compute, op.weight_bytes / self.rates.cpu_weight_bandwidth)
 

@@ -15,10 +15,11 @@ from hrm.operators import Operator, active_experts, kv_shards, post_attention, p
 from hrm.pipeline import BatchShape
 from hrm.systems import check_system
 from hrm.task_times import TaskTimes
+from simulator.cache_costs import ExpertCaching, cached_seconds, cached_work
 from simulator.expert_costs import expert_seconds, expert_work, seconds_elsewhere, work_elsewhere
 from simulator.task import OPS, Op, Schedule
 
-__all__ = ["WEIGHTS", "Costing", "Costs", "schedule_costs", "task_work"]
+__all__ = ["PIECES", "WEIGHTS", "Costing", "Costs", "schedule_costs", "task_work"]
 
 
 @dataclass(frozen=True)
@@ -42,8 +43,8 @@ class Costs:
 
 _CONTEXTUAL = (Op.CPU_ATTN, Op.GPU_ATTN, Op.LOAD_KV, Op.STAGE_KV)
 """Tasks whose work grows with the context; all others are the same in every decode step."""
-_UP = (Op.LOAD_W, Op.LOAD_H, Op.LOAD_X, Op.LOAD_KV, Op.LOAD_FFN)
-_DOWN = (Op.OFFLOAD_QKV, Op.OFFLOAD_KV, Op.STORE_X, Op.STORE_KV, Op.OFFLOAD_FFN)
+_UP = (Op.LOAD_W, Op.LOAD_H, Op.LOAD_X, Op.LOAD_KV, Op.LOAD_FFN, Op.LOAD_E)
+_DOWN = (Op.OFFLOAD_QKV, Op.OFFLOAD_KV, Op.STORE_X, Op.STORE_KV, Op.OFFLOAD_FFN, Op.OFFLOAD_ROUTES)
 _STAGING = (Op.STAGE_W, Op.STAGE_KV)
 
 
@@ -60,7 +61,10 @@ class _Work:
         kv_on_gpu: float = 0.0,
         kv_copies: dict[int, float] | None = None,
         replicas: int = 1,
+        caching: ExpertCaching | None = None,
+        popular: bool = False,
     ) -> None:
+        self.caching, self.popular = caching, popular
         self.schedule, self.model, self.batch = schedule, model, batch
         self.streamed = streamed if isinstance(streamed, dict) else dict.fromkeys(set(model.order), streamed)
         self.kv_off_gpu = 1.0 - kv_on_gpu
@@ -91,14 +95,28 @@ class _Work:
         return np.minimum(found, self.sequences[part] * layer.attention.window)
 
     def split_phases(self) -> list[tuple[np.ndarray, np.ndarray]]:
-        """Prefill, decode or both, where experts are computed where their weights lie: which tasks, and tokens."""
-        prompt, computed = self.schedule.step == 0, self.schedule.mask(Op.CPU_FFN)
+        """Prefill, decode or both, where experts are tasks of their own: which tasks, and tokens."""
+        prompt, computed = self.schedule.step == 0, _any(self.schedule, (Op.CPU_FFN, Op.EXPERTS))
         phases = [(prompt, self.tokens), (~prompt, self.sequences)]
         return [(phase, tokens) for phase, tokens in phases if (computed & phase).any()]
 
     def resident(self, kind: int) -> float:
         """r_w of a layer: the share of its experts that does not travel, nor lie on the host."""
         return 1.0 - self.streamed[kind] / self.model.kind_expert_bytes(kind)
+
+    def expert_work(self, tokens: np.ndarray, layer: Layer, kind: int) -> dict[Op, tuple[Any, Any]]:
+        """Bytes and FLOPs of the tasks of a layer's experts in prefill or decode, by part."""
+        if self.caching is None:
+            return expert_work(self.model, tokens, layer, self.resident(kind), self.popular)
+        prompt, pieces = tokens is self.tokens, self.schedule.num_pages
+        return cached_work(self.model, tokens, layer, self.caching, pieces, prompt=prompt)
+
+    def expert_seconds(self, times: TaskTimes, tokens: np.ndarray, layer: Layer, kind: int) -> dict[Op, Any]:
+        """Seconds of the same tasks."""
+        if self.caching is None:
+            return expert_seconds(times, tokens, layer, self.resident(kind), self.popular)
+        prompt, pieces = tokens is self.tokens, self.schedule.num_pages
+        return cached_seconds(times, tokens, layer, self.caching, pieces, prompt=prompt)
 
     def static(self) -> tuple[np.ndarray, np.ndarray]:
         """Bytes and FLOPs of all tasks but those that depend on the context, which get zero."""
@@ -142,7 +160,7 @@ class _Work:
             for op in (Op.LOAD_W, Op.STAGE_W):
                 moved[schedule.mask(op) & of_kind] = self.streamed[kind] / schedule.num_pages
             for phase, count in self.split_phases():
-                for op, (size, work) in expert_work(model, count, layer, self.resident(kind)).items():
+                for op, (size, work) in self.expert_work(count, layer, kind).items():
                     where = schedule.mask(op) & of_kind & phase
                     moved[where], flops[where] = size[schedule.part[where]], work[schedule.part[where]]
                 read = {Op.PREFILL: attention.projection_parameters, Op.POST_ATTN: 0}
@@ -188,6 +206,7 @@ def task_work(
     *,
     streamed: float | dict[int, float],
     kv_on_gpu: float = 0.0,
+    caching: ExpertCaching | None = None,
 ) -> tuple[np.ndarray, np.ndarray]:
     """Bytes that each task moves and FLOPs that it computes.
 
@@ -198,12 +217,14 @@ def task_work(
     ----------
     streamed : float or dict
         Bytes of a layer that travel; by kind of layer, where kinds differ.
+    caching : ExpertCaching, optional
+        For schedules with an expert cache.
 
     Returns
     -------
     bytes, flops : ndarray, length ``len(schedule)``
     """
-    work = _Work(schedule, model, batch, streamed=streamed, kv_on_gpu=kv_on_gpu)
+    work = _Work(schedule, model, batch, streamed=streamed, kv_on_gpu=kv_on_gpu, caching=caching)
     moved, flops = work.static()
     ids = _contextual_ids(schedule)
     moved[ids], flops[ids] = work.contextual(ids, schedule.step[ids])
@@ -238,6 +259,11 @@ class Costing:
         Whose kernels, see `hrm.systems`.
     contention : bool
         Whether lanes share memory bandwidth, link and cores.
+    caching : ExpertCaching, optional
+        For schedules with an expert cache.
+    popular : bool
+        Of experts that are computed where they lie, the resident ones are those that the model's routing histogram
+        shows to be the most popular.
 
     Raises
     ------
@@ -257,6 +283,8 @@ class Costing:
         num_gpus: int = 1,
         system: str = "moe-lightning",
         contention: bool = True,
+        caching: ExpertCaching | None = None,
+        popular: bool = False,
     ) -> None:
         if model.encoder_order:
             raise NotBuiltYet(f"schedules of encoder-decoder models such as {model.name!r} are not built yet.")
@@ -276,6 +304,8 @@ class Costing:
             kv_on_gpu=kv_on_gpu,
             kv_copies=copies,
             replicas=replicas,
+            caching=caching,
+            popular=popular,
         )
         self._ids = _contextual_ids(schedule)
         moved, flops = self._work.static()
@@ -338,7 +368,7 @@ class Costing:
                 where = schedule.mask(op) & of_kind
                 seconds[where] = values[schedule.part[where]]
             for phase, count in work.split_phases():
-                for op, values in expert_seconds(times, count, layer, work.resident(kind)).items():
+                for op, values in work.expert_seconds(times, count, layer, kind).items():
                     where = schedule.mask(op) & of_kind & phase
                     seconds[where] = values[schedule.part[where]]
                 where = _any(schedule, (Op.PREFILL, Op.POST_ATTN)) & of_kind & phase
@@ -457,6 +487,8 @@ _OF_UP, _OF_DOWN, _OF_STAGING = _table(_UP), _table(_DOWN), _table(_STAGING)
 _OF_CPU = _table((Op.CPU_ATTN, Op.CPU_FFN))
 WEIGHTS = _table((Op.LOAD_W, Op.STAGE_W))
 """Which task classes move weights, by code."""
+PIECES = _table((Op.LOAD_E, Op.EXPERTS))
+"""Which task classes work on pieces of a micro-batch's experts, by code."""
 
 
 def _any(schedule: Schedule, ops: tuple[Op, ...]) -> np.ndarray:

@@ -10,7 +10,7 @@ import numpy as np
 from hrm.hardware import Rates
 from hrm.model import MoEModel
 from hrm.pipeline import BatchShape
-from simulator.costs import WEIGHTS, Costing, Costs
+from simulator.costs import PIECES, WEIGHTS, Costing, Costs
 from simulator.task import Schedule
 
 __all__ = ["EarlyExits", "make_costing"]
@@ -45,8 +45,10 @@ class EarlyExits:
                 # Steps come in order: what older batches cost is not asked again.
                 self._last = dict(list(self._last.items())[-2:]) | {batch: self._make(batch)}
             costs = self._last[batch].at(first, stop, shift)
-            empty = ~np.array(present)[np.minimum(schedule.part[first:stop], len(present) - 1)]
-            empty &= ~WEIGHTS[schedule.op[first:stop]]
+            op, part = schedule.op[first:stop], schedule.part[first:stop]
+            part = np.where(PIECES[op], part // schedule.num_pages, part)
+            empty = ~np.array(present)[np.minimum(part, len(present) - 1)]
+            empty &= ~WEIGHTS[op]
             costs = _scaled(costs, np.where(empty, 0.0, 1.0))
             result = costs if result is None else _merged(result, costs, steps == step)
         assert result is not None

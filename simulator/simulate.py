@@ -15,6 +15,7 @@ from hrm.hardware import Rates
 from hrm.model import MoEModel
 from hrm.pipeline import BatchShape
 from hrm.policy import Policy
+from simulator.cache_costs import ExpertCaching
 from simulator.costs import Costing, Costs
 from simulator.early_exits import EarlyExits, make_costing
 from simulator.engine import Played, Program, play, play_segments, warm_up
@@ -87,6 +88,8 @@ def simulate_schedule(
     num_gpus: int = 1,
     system: str = "moe-lightning",
     contention: bool = True,
+    caching: ExpertCaching | None = None,
+    popular: bool = False,
 ) -> Timeline:
     """Play `schedule` with times from `rates`; see `simulator.costs.Costing` for the parameters."""
     costing = make_costing(
@@ -99,6 +102,8 @@ def simulate_schedule(
         num_gpus=num_gpus,
         system=system,
         contention=contention,
+        caching=caching,
+        popular=popular,
     )
     costs = costing.at()
     start, end = play(schedule, costs)
@@ -116,6 +121,8 @@ def simulate(
     exact: bool | None = None,
     contention: bool = True,
     keep_timeline: bool = False,
+    miss_rate: float | None = None,
+    popular: bool = False,
 ) -> Prediction:
     """Predict throughput of one batch under a policy.
 
@@ -138,6 +145,12 @@ def simulate(
         Whether lanes share memory bandwidth, link and cores.
     keep_timeline : bool
         Hold start and end of all tasks even of a long run; without it memory does not grow with the steps.
+    miss_rate : float, optional
+        With an expert cache (`Policy.expert_slots`), misses per active expert in decode, as a trace shows them
+        (`simulator.experts`); by default those of uniform routing.
+    popular : bool
+        Of experts that are computed where they lie, the resident ones are the most popular by the model's routing
+        histogram (`MoEModel.with_routing`), as ``hrm run --popularity`` has it.
 
     Returns
     -------
@@ -161,6 +174,8 @@ def simulate(
         "num_gpus": num_gpus,
         "system": system,
         "contention": contention,
+        "caching": policy.expert_slots and ExpertCaching(slots=policy.expert_slots, miss_rate=miss_rate),
+        "popular": popular,
     }
     loop = _loop_of(build, steps)
     small = loop is None or loop.num_tasks(steps) <= _EXACT_TASKS

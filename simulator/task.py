@@ -67,6 +67,12 @@ class Op(Enum):
     """What the CPU's experts made, host to device."""
     ADD_FFN = "AddFFN"
     """Sum of what all experts made and the residual."""
+    OFFLOAD_ROUTES = "OffloadRoutes"
+    """The tokens' choice of experts, device to host, which looks up what the expert cache lacks."""
+    LOAD_E = "LoadExperts"
+    """The experts of a piece that the cache on the device lacks, host to device."""
+    EXPERTS = "Experts"
+    """The experts of a piece, which lie in the cache's slots."""
     SAMPLE = "Sample"
     STORE_X = "StoreX"
     """Hidden states, device to host."""
@@ -102,6 +108,9 @@ _LANE_OF = {
     Op.GPU_FFN: Lane.GPU,
     Op.LOAD_FFN: Lane.H2D,
     Op.ADD_FFN: Lane.GPU,
+    Op.OFFLOAD_ROUTES: Lane.D2H,
+    Op.LOAD_E: Lane.H2D,
+    Op.EXPERTS: Lane.GPU,
     Op.SAMPLE: Lane.GPU,
     Op.STORE_X: Lane.D2H,
     Op.BARRIER: Lane.GPU,
@@ -132,7 +141,7 @@ class Task:
     """0 is prefill; decode steps count from 1. For weights: the step that reads them."""
     layer: int
     part: int
-    """Micro-batch, or page of a layer's weights."""
+    """Micro-batch, or page of a layer's weights; of experts that come in pieces, both: micro-batch * pieces + piece."""
     lane: Lane
     deps: tuple[int, ...]
     """Ids of the tasks that must end before this one starts."""

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from hrm.errors import InvalidSchedule
-from hrm.pipeline import ACTIVATION_SLOTS, PINNED_PAGES
+from hrm.pipeline import ACTIVATION_SLOTS, PIECES_IN_FLIGHT, PINNED_PAGES
 from simulator.task import Op, Schedule
 
 __all__ = ["check_schedule", "happens_before"]
@@ -23,7 +23,9 @@ _PINNED_SLOTS = {"overlapped": 2, "flexgen": None, "flexgen-c": None}
 """Slots of the pinned ring where they are not `PINNED_PAGES`; None: pinned memory is made anew for every copy."""
 _WEIGHT_SLOTS, _KV_SLOTS = 2, 2
 _COMPUTE_FIRST, _COMPUTE_LAST = (Op.PREFILL, Op.PRE_ATTN), (Op.PREFILL, Op.POST_ATTN)
-_EXPERTS = (Op.OFFLOAD_FFN, Op.CPU_FFN, Op.GPU_FFN, Op.LOAD_FFN, Op.ADD_FFN)
+_EXPERTS = (
+    Op.OFFLOAD_FFN, Op.CPU_FFN, Op.GPU_FFN, Op.LOAD_FFN, Op.OFFLOAD_ROUTES, Op.LOAD_E, Op.EXPERTS, Op.ADD_FFN
+)  # fmt: skip
 """What follows the last computation of a layer whose experts are tasks of their own."""
 
 
@@ -60,6 +62,7 @@ def check_schedule(schedule: Schedule) -> None:
         proof = _Proof(schedule)
         _check_data_flow(proof)
         _check_experts(proof)
+        _check_pieces(proof)
         _check_cache(proof)
         _check_hidden_states(proof)
         _check_weights(proof)
@@ -209,6 +212,7 @@ def _check_data_flow(proof: _Proof) -> None:
         (Op.OFFLOAD_KV, (Op.PREFILL,)),
         (Op.STORE_X, (Op.POST_ATTN, Op.PREFILL)),
         (Op.OFFLOAD_FFN, (Op.POST_ATTN, Op.PREFILL)),
+        (Op.OFFLOAD_ROUTES, (Op.POST_ATTN, Op.PREFILL)),
     ):
         ids = proof.of(op)
         proof.needs(ids, proof.at(ids, *sources), sources[0], "which makes what it moves")
@@ -224,6 +228,8 @@ def _check_data_flow(proof: _Proof) -> None:
         (Op.LOAD_FFN, (Op.CPU_FFN,)),
         (Op.ADD_FFN, (Op.LOAD_FFN,)),
     ):
+        if op is Op.ADD_FFN and len(proof.of(Op.EXPERTS)):
+            continue  # adds up pieces
         ids = proof.of(op)
         proof.needs(ids, proof.at(ids, *sources), sources[-1], "whose result it reads")
 
@@ -250,6 +256,28 @@ def _check_experts(proof: _Proof) -> None:
     ids = of(*_COMPUTE_FIRST)
     ids = ids[proof.layer[ids] > 0]
     proof.needs(ids, proof.at(ids, Op.ADD_FFN, layers=-1), Op.ADD_FFN, why)
+
+
+def _check_pieces(proof: _Proof) -> None:
+    """With an expert cache, all pieces come, each before it is computed, into slots that nobody reads any more."""
+    computed, pieces = proof.of(Op.EXPERTS), proof.schedule.num_pages
+    if not len(computed):
+        return
+    loads = proof.of(Op.LOAD_E)
+    routes = proof.find((Op.OFFLOAD_ROUTES,), proof.step[loads], proof.layer[loads], proof.part[loads] // pieces)
+    proof.needs(loads, routes, Op.OFFLOAD_ROUTES, "which says what it brings")
+    proof.needs(computed, proof.at(computed, Op.LOAD_E), Op.LOAD_E, "which brings experts that it reads")
+    late, early = proof.successive(loads, PIECES_IN_FLIGHT)
+    proof.waits(late, proof.at(early, Op.EXPERTS), "which still reads experts whose slots it fills")
+    sums, choices = proof.of(Op.ADD_FFN), proof.of(Op.OFFLOAD_ROUTES)
+    late, early = proof.successive(choices, ACTIVATION_SLOTS)
+    for piece in range(pieces):
+
+        def piece_of(ids: np.ndarray, op: Op, piece: int = piece) -> np.ndarray:
+            return proof.find((op,), proof.step[ids], proof.layer[ids], proof.part[ids] * pieces + piece)
+
+        proof.needs(sums, piece_of(sums, Op.EXPERTS), Op.EXPERTS, "whose result it reads")
+        proof.waits(late, piece_of(early, Op.LOAD_E), "which still reads the choices that it overwrites")
 
 
 def _check_cache(proof: _Proof) -> None:
@@ -344,6 +372,7 @@ def _check_slots(proof: _Proof) -> None:
         ((Op.CPU_FFN,), (Op.LOAD_FFN,)),
         ((Op.LOAD_FFN,), (Op.ADD_FFN,)),
         ((Op.GPU_FFN,), (Op.ADD_FFN,)),
+        ((Op.PREFILL, Op.POST_ATTN), (Op.OFFLOAD_ROUTES, Op.ADD_FFN)),
     ]
     # Hidden states of a prompt come from the host or, in the first layer, from Prefill itself.
     follows(proof.of(Op.PREFILL), ACTIVATION_SLOTS, [((Op.LOAD_X, Op.PREFILL), leaving), *experts])

@@ -7,10 +7,12 @@ from dataclasses import dataclass
 from typing import Any
 
 from hrm.errors import InvalidValue
+from hrm.pipeline import expert_pieces
 from hrm.policy import Policy
 from hrm.systems import SYSTEMS, check_system
 from simulator.schedules.cgopipe import cgopipe
 from simulator.schedules.cpu_experts import cpu_experts
+from simulator.schedules.expert_cache import expert_cache
 from simulator.schedules.flexgen import flexgen
 from simulator.schedules.gpu_attention import gpu_attention
 from simulator.schedules.zero_inference import zero_inference
@@ -23,6 +25,7 @@ __all__ = [
     "cgopipe",
     "check_buildable",
     "cpu_experts",
+    "expert_cache",
     "flexgen",
     "gpu_attention",
     "schedule_builder",
@@ -35,6 +38,8 @@ def check_buildable(system: str, policy: Policy | None = None) -> None:
     found = check_system(system)
     if policy is None:
         return
+    if policy.expert_slots is not None and system != "moe-lightning":
+        raise InvalidValue(f"{system!r} has no expert cache; leave --expert-slots out or use --system moe-lightning.")
     if not policy.ffn_on_gpu and system != "moe-lightning":
         raise InvalidValue(f"{system!r} computes all experts on the GPU; use --ffn-on-gpu 1 or --system moe-lightning.")
     if found.attention_on_gpu is not None and policy.attention_on_gpu != found.attention_on_gpu:
@@ -86,7 +91,7 @@ def schedule_builder(
     num_gpus : int
         GPUs: pipeline stages with FlexGen, tensor parallelism (which leaves the schedule as it is) otherwise.
     weight_pieces : int
-        Tensors that FlexGen moves per layer.
+        Tensors that FlexGen moves per layer: the experts of a layer, which an expert cache cuts into pieces.
     stages_weights : bool
         False where all weights lie in pinned memory (MoE-Lightning and FastDecode only; FlexGen always copies).
 
@@ -114,6 +119,11 @@ def schedule_builder(
             options |= {"resident": policy.weights_on_gpu > 0, "staged": stages_weights}
             # A pass of all weights serves every prompt token at once: in prefill the GPU computes all experts.
             options["stream_prefill"] = True
+        elif policy.expert_slots is not None:
+            builder = expert_cache
+            del options["stream_weights"]
+            options |= {"attention_on_gpu": policy.attention_on_gpu, "stream_kv": policy.kv_on_gpu < 1}
+            options |= {"pieces": expert_pieces(weight_pieces)[0]}
         elif policy.attention_on_gpu:
             builder = gpu_attention
             options |= {"stream_kv": policy.kv_on_gpu < 1, "staged": stages_weights}

@@ -49,7 +49,7 @@ from simulator.schedules.cgopipe import prefill_tasks
 from simulator.schedules.weights import WeightStream
 from simulator.task import Op, Schedule, ScheduleBuilder
 
-__all__ = ["cpu_experts"]
+__all__ = ["ExpertRun", "cpu_experts"]
 
 _KV_BUFFERS = 2
 
@@ -117,7 +117,7 @@ def cpu_experts(
         raise InvalidValue("number of layers and micro-batches must be >= 1.")
     if decode_steps < 0 or (decode_steps == 0 and not prefill):
         raise InvalidValue(f"'decode_steps' must be >= {0 if prefill else 1}: {decode_steps}")
-    run = _Run(num_layers, num_micro_batches, resident=resident)
+    run = ExpertRun(num_layers, num_micro_batches, resident=resident)
     sampled: list[int] = []
     cached: dict[tuple[int, int], int] = {}
     if prefill and stream_prefill:
@@ -147,8 +147,11 @@ def cpu_experts(
     )
 
 
-class _Run:
-    """Issues tasks; q counts (step, layer, micro-batch) without a break, in prefill and again in decode."""
+class ExpertRun:
+    """Issues the tasks of a run whose experts are tasks of their own.
+
+    q counts (step, layer, micro-batch) without a break, in prefill and again in decode.
+    """
 
     def __init__(self, layers: int, parts: int, *, resident: bool) -> None:
         self.builder = ScheduleBuilder()
@@ -165,12 +168,16 @@ class _Run:
         here = [add(Op.GPU_FFN, *place, [source])] if self._resident else []
         self._sums[q] = [computed, *here]
 
+    def _bring_sums(self, place: tuple[int, int, int], q: int) -> list[int]:
+        """What the sum of number q waits for."""
+        computed, *here = self._sums.pop(q)
+        return [self.builder.add(Op.LOAD_FFN, *place, [computed]), *here]
+
     def _add_up(self, place: tuple[int, int, int], q: int) -> int:
         """The result of number q: the experts' sums, and in the last layer the next token."""
         step, layer, part = place
-        computed, *here = self._sums.pop(q)
-        loaded = self.builder.add(Op.LOAD_FFN, step, layer, part, [computed])
-        added = self._hidden[part] = self.builder.add(Op.ADD_FFN, step, layer, part, [loaded, *here])
+        sums = self._bring_sums(place, q)
+        added = self._hidden[part] = self.builder.add(Op.ADD_FFN, step, layer, part, sums)
         if layer == self._layers - 1:
             self._tokens[part] = self.builder.add(Op.SAMPLE, step, layer, part, [added])
         return added

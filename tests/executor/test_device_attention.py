@@ -11,7 +11,7 @@ from executor.cpu_attention import decode_attention_torch
 from executor.device_attention import device_attention
 from executor.grouped_experts import grouped_ffn
 from executor.kernels import moe_ffn
-from executor.weights import LayerWeights
+from executor.weight_layout import LayerWeights
 from hrm.layers import FeedForward
 
 needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")

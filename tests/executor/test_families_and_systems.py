@@ -22,6 +22,8 @@ PLACES: dict[str, dict[str, Any]] = {
     "moe-lightning": {},
     "moe-lightning, GPU attention": {"attention_on_gpu": True, "kv_on_gpu": 0.5},
     "moe-lightning, CPU experts": {"ffn_on_gpu": False},
+    "moe-lightning, expert cache": {"expert_slots": 2},
+    "moe-lightning, expert cache, GPU attention": {"expert_slots": 3, "attention_on_gpu": True, "kv_on_gpu": 0.5},
     "fastdecode": {},
     "flexgen-c": {},
     "flexgen": {"attention_on_gpu": True, "kv_on_gpu": 0.3},
@@ -66,6 +68,7 @@ def test_tokens_equal_transformers(family_folder: Callable[[str], Path], family:
     system = place.split(",")[0]
     single = system == "deepspeed-zero"
     share = random.Random(family + place).choice((0.0, 0.2, 0.45, 0.8))
+    share = 0.0 if "cache" in place else share
     policy = Policy(batch_size=5, micro_batch_size=5 if single else 2, weights_on_gpu=share, **PLACES[place])
     result = generate(
         checkpoint, prompts, gen_len=GEN_LEN, policy=policy, system=system, device="cpu", link_bandwidth=None,

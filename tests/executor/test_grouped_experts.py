@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from executor.grouped_experts import grouped_ffn, has_grouped_mm
 from executor.kernels import moe_ffn
-from executor.weights import LayerWeights
+from executor.weight_layout import LayerWeights
 from hrm.layers import FeedForward
 
 HIDDEN, INNER = 32, 16

@@ -213,7 +213,7 @@ def test_all_ranks_together_must_fit(
     """What fits for one rank is refused if it does not for all of them."""
     policy = _SYSTEMS["attention on the CPU"][1]
     result = generate_on(team, folder("mixtral"), _PROMPTS[:1], gen_len=2, policy=policy, link_bandwidth=None)
-    monkeypatch.setattr("executor.tensor_parallel.ram_bytes", lambda: result.peak_memory["host_bytes"])
+    monkeypatch.setattr("executor.placements.ram_bytes", lambda: result.peak_memory["host_bytes"])
     with pytest.raises(DoesNotFit, match=f"on each of {team.world} ranks"):
         generate_on(team, folder("mixtral"), _PROMPTS[:1], gen_len=2, policy=policy, link_bandwidth=None)
 

@@ -18,7 +18,8 @@ from executor.checkpoint import Checkpoint
 from executor.families import family_of
 from executor.kernels import ExpertWeights
 from executor.memory import DeviceMemory
-from executor.weights import LayerWeights, Named, WeightStore
+from executor.weight_layout import LayerWeights, Named
+from executor.weights import WeightStore
 from hrm import MoEModel, Policy
 from hrm.catalog import model_config
 from hrm.layers import FeedForward

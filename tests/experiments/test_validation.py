@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -13,8 +12,9 @@ pytest.importorskip("torch")
 from executor import bench as bench_module
 from executor import probe as probe_module
 from executor.checkpoint import make_checkpoint
-from experiments import validation
+from experiments import validation, validation_runs
 from experiments.validation_cases import Case
+from experiments.validation_runs import Run, Runs
 from hrm.catalog import model_config
 from simulator import Timeline
 
@@ -25,7 +25,7 @@ def short_probe(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(probe_module, "_PASSES", 1)
     monkeypatch.setattr(bench_module, "_COLD_BYTES", 16 * 2**20)
     monkeypatch.setattr(bench_module, "_TIME_PER_POINT", 0.001)
-    monkeypatch.setattr(validation, "_MOST_TRIES", 1)
+    monkeypatch.setattr(validation_runs, "_MOST_TRIES", 1)
     monkeypatch.setattr(validation, "_PATIENCE_QUICK", 0)
 
 
@@ -36,24 +36,24 @@ def test_quick_validation_and_going_on_after_a_kill(
     checkpoint = make_checkpoint(model_config("mixtral-tiny"), tmp_path / "tiny")
     out = tmp_path / "out"
     tried: list[str] = []
-    run_case = validation._validate
+    run_case = Runs.measure
 
-    def dying(case: Case, *rest: Any) -> dict[str, Any]:
+    def dying(self: Runs, case: Case) -> Run:
         if tried:
             raise KeyboardInterrupt
         tried.append(case.name)
-        return run_case(case, *rest)
+        return run_case(self, case)
 
-    monkeypatch.setattr(validation, "_validate", dying)
+    monkeypatch.setattr(Runs, "measure", dying)
     with pytest.raises(KeyboardInterrupt):
         validation.run_validation(checkpoint=checkpoint, quick=True, device="cpu", out=out)
     assert tried == ["planned"] and not (out / "validation.json").exists()
 
-    def noting(case: Case, *rest: Any) -> dict[str, Any]:
+    def noting(self: Runs, case: Case) -> Run:
         tried.append(case.name)
-        return run_case(case, *rest)
+        return run_case(self, case)
 
-    monkeypatch.setattr(validation, "_validate", noting)
+    monkeypatch.setattr(Runs, "measure", noting)
     result = validation.run_validation(checkpoint=checkpoint, quick=True, device="cpu", out=out)
     assert tried == ["planned", "slow link", "streaming"]
     assert not (out / "cases.partial.jsonl").exists()

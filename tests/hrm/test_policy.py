@@ -62,6 +62,7 @@ def test_plain_form() -> None:
         "ffn_on_gpu": True,
         "weights_on_gpu": 0.25,
         "kv_on_gpu": 0.0,
+        "expert_slots": None,
         "num_micro_batches": 3,
     }
     assert str(policy) == "N=10 mu=4 G=3 r_w=0.250 r_c=0.00 attention=CPU experts=GPU"

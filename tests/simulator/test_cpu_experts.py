@@ -20,6 +20,7 @@ from hrm.pipeline import ACTIVATION_SLOTS
 from hrm.task_times import TaskTimes
 from simulator.costs import schedule_costs
 from simulator.engine import play
+from simulator.expert_costs import expert_work
 from simulator.loop import find_loop
 from simulator.schedules import build_schedule, cgopipe, cpu_experts, schedule_builder
 from simulator.simulate import simulate, simulate_schedule
@@ -397,3 +398,19 @@ def test_requests_that_end_early_leave_the_experts_less() -> None:
     timeline = other.timeline
     ended = (timeline.schedule.part == 1) & timeline.schedule.mask(Op.CPU_FFN) & (timeline.schedule.step > 0)
     assert not (timeline.end - timeline.start)[ended].any()
+
+
+@settings(max_examples=30, deadline=None)
+@given(share=st.floats(0, 1), skew=st.floats(0, 3), tokens=st.integers(1, 200))
+def test_popular_residents_take_more_of_the_work(share: float, skew: float, tokens: int) -> None:
+    """With popular experts on the GPU it does at least their share, and nothing is lost; even routing changes nothing."""
+    model = MoEModel.from_catalog("mixtral-8x7b").with_routing([1 / (1 + e) ** skew for e in range(8)])
+    layer, count = model.main_layer, np.array([float(tokens)])
+    even = expert_work(model, count, layer, share)
+    popular = expert_work(model, count, layer, share, popular=True)
+    for which in (0, 1):
+        both = popular[Op.GPU_FFN][which] + popular[Op.CPU_FFN][which]
+        assert both == pytest.approx(even[Op.GPU_FFN][which] + even[Op.CPU_FFN][which])
+        assert popular[Op.GPU_FFN][which] >= even[Op.GPU_FFN][which] * (1 - 1e-9)
+        if skew == 0:
+            assert popular[Op.GPU_FFN][which] == pytest.approx(even[Op.GPU_FFN][which])

@@ -1,0 +1,46 @@
+"""Gates by name."""
+
+from __future__ import annotations
+
+from executor.gating.base import Gating
+from executor.gating.dynamic import DynamicGating
+from executor.gating.static import StaticGating
+from executor.gating.tutel import TutelGating
+from hrm.errors import InvalidValue, UnknownName
+
+__all__ = ["GATINGS", "make_gating"]
+
+GATINGS = ("static", "tutel", "dynamic")
+"""Names that `make_gating` takes."""
+
+
+def make_gating(name: str, *, capacity_factor: float | None = None) -> Gating:
+    """A gate by name.
+
+    Parameters
+    ----------
+    name : {"static", "tutel", "dynamic"}
+    capacity_factor : float, optional
+        Share of a batch's tokens that one expert takes. Static gating needs one; without one a Tutel-like gate adapts
+        to the fullest expert; dynamic gating has none.
+
+    Raises
+    ------
+    UnknownName, InvalidValue
+
+    Examples
+    --------
+    >>> make_gating("static", capacity_factor=0.05)
+    <static gating, capacity 0.05 of the tokens>
+    """
+    if name == "static":
+        if capacity_factor is None:
+            raise InvalidValue("static gating needs a 'capacity_factor', such as 0.05; 1 drops nothing.")
+        return StaticGating(capacity_factor)
+    if name == "tutel":
+        return TutelGating(capacity_factor)
+    if name == "dynamic":
+        if capacity_factor is not None:
+            raise InvalidValue(f"dynamic gating has no capacity; leave 'capacity_factor' out: {capacity_factor!r}")
+        return DynamicGating()
+    raise UnknownName.of("gating", name, GATINGS)

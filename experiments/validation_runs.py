@@ -1,0 +1,223 @@
+"""Running the cases of a validation, and predicting them from the probes taken around them."""
+
+from __future__ import annotations
+
+import math
+import statistics
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+from experiments.validation_cases import Case
+from hrm import BatchShape, Hardware, MoEModel
+from hrm.bound import physical_bound
+from hrm.memory import batch_footprint
+from hrm.rates import Rates
+from simulator import Prediction, Timeline, simulate
+from simulator.compare import compare
+
+if TYPE_CHECKING:
+    from executor.checkpoint import Checkpoint
+    from executor.probe import Passes, Prober
+    from executor.results import GenerationResult
+
+__all__ = ["Run", "Runs"]
+
+_MOST_TRIES = 3
+_QUIET_SHARE = 0.05
+_QUIET_DRIFT = 0.10
+_PAUSE_S = 5.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Run:
+    """A case that was run, between two probes."""
+
+    case: Case
+    result: GenerationResult
+    before: Passes
+    after: Passes
+    budget: int
+    """Device memory in bytes."""
+    taken_by_others: float
+    """Share of the processor, the most of probes and run."""
+    attempts: int = 1
+
+    @property
+    def timeline(self) -> Timeline:
+        """What was measured; a case is one batch."""
+        return self.result.timelines[0]
+
+    @property
+    def drift(self) -> float:
+        """How far the machine's speed moved: median relative change of the long calls of the probe."""
+        changes = []
+        for key in self.before[0]:
+            if key[0] in ("experts", "gemm", "staging", "attention"):
+                old = statistics.median(single[key] for single in self.before)
+                new = statistics.median(single[key] for single in self.after)
+                changes.append(math.log(new / old))
+        return abs(math.expm1(statistics.median(changes)))
+
+    @property
+    def disturbance(self) -> float:
+        """Above 1: others took the processor, or the machine changed."""
+        return max(self.taken_by_others / _QUIET_SHARE, self.drift / _QUIET_DRIFT)
+
+
+class Runs:
+    """Measures cases, then predicts them.
+
+    Parameters
+    ----------
+    checkpoint : Checkpoint
+    prober : Prober
+    device : torch.device
+    device_memory : int, optional
+        Budget of the planned case; other cases get what their policy needs.
+    say : callable
+    patience : int
+        Pauses that a case waits for while others use the processor.
+    deadline : float
+        `time.monotonic` moment after which nothing is tried again.
+    """
+
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        prober: Prober,
+        device: Any,
+        device_memory: int | None,
+        say: Callable[[str], None],
+        patience: int,
+        deadline: float,
+    ) -> None:
+        self._checkpoint, self._prober, self._device = checkpoint, prober, device
+        self._device_memory, self._say = device_memory, say
+        self._patience, self._deadline = patience, deadline
+
+    def measure(self, case: Case) -> Run:
+        """Run a case, again if it was disturbed; the least disturbed try counts."""
+        best: Run | None = None
+        attempts = 0
+        while attempts < _MOST_TRIES:
+            attempts += 1
+            run = self._try(case)
+            disturbed = ", disturbed" if run.disturbance > 1 else ""
+            self._say(
+                f"  measured {run.result.throughput_tok_s:.1f} tok/s; others took {run.taken_by_others:.0%} of the "
+                f"CPU, speed drifted {run.drift:.0%}{disturbed}"
+            )
+            if best is None or run.disturbance < best.disturbance:
+                best = run
+            if run.disturbance <= 1 or time.monotonic() > self._deadline:
+                break
+        assert best is not None
+        return replace(best, attempts=attempts)
+
+    def predict(self, runs: Sequence[Run]) -> Iterator[tuple[Run, dict[str, Any], Prediction]]:
+        """Each run beside what the simulator says of it, on the machine of all probes around these runs."""
+        if not runs:
+            return
+        machine = self._prober.machine_of([single for run in runs for single in (*run.before, *run.after)])
+        for run in runs:
+            row, prediction = _predict(run, self._checkpoint.model, machine)
+            self._say(
+                f"  {run.case.name}: predicted {row['predicted_tok_s']:.1f}, measured {row['measured_tok_s']:.1f} "
+                f"tok/s ({row['error']:+.1%})"
+            )
+            yield run, row, prediction
+
+    def _try(self, case: Case) -> Run:
+        from executor.generate import generate
+        from executor.machine import OtherLoad
+
+        model, shape = self._checkpoint.model, case.shape()
+        waited = 0
+        while True:
+            with OtherLoad() as before_load:
+                self._prober.refresh()
+            if before_load.share <= _QUIET_SHARE or waited >= self._patience:
+                break
+            time.sleep(_PAUSE_S)
+            waited += 1
+        before = self._prober.last_passes
+        memory = batch_footprint(model, shape, case.policy, system=case.system)
+        given = self._device_memory if case.name == "planned" else None
+        budget = given or math.ceil(memory.gpu_bytes)
+        prompts = [
+            [(7919 * (i + 1) * (j + 3)) % model.vocab_size for j in range(n)] for i, n in enumerate(case.lengths())
+        ]
+        with OtherLoad() as load:
+            result = generate(
+                self._checkpoint,
+                prompts,
+                gen_len=case.gen_len,
+                policy=case.policy,
+                system=case.system,
+                pinned_weights=case.pinned_weights,
+                device=self._device.type,
+                device_memory=budget if self._device.type == "cpu" else self._device_memory,
+                link_bandwidth=case.link_bandwidth,
+            )
+        with OtherLoad() as after_load:
+            self._prober.refresh(passes=1)
+        return Run(
+            case=case,
+            result=result,
+            before=before,
+            after=self._prober.last_passes,
+            budget=budget,
+            taken_by_others=max(before_load.share, load.share, after_load.share),
+        )
+
+
+def _predict(run: Run, model: MoEModel, machine: Hardware) -> tuple[dict[str, Any], Prediction]:
+    case, result, measured = run.case, run.result, run.timeline
+    shape = case.shape()
+    rates = replace(machine.rates().with_link(case.link_bandwidth), stages_weights=not case.pinned_weights)
+    prediction = simulate(model, rates, case.policy, shape, system=case.system, exact=True)
+    op, seconds = _worst_class(prediction.timeline, measured)
+    steps = case.batch_size * (case.gen_len - 1)
+    row = asdict(case) | {
+        "num_micro_batches": case.policy.num_micro_batches,
+        "prompt_lens": list(case.prompt_lens),
+        "predicted_tok_s": prediction.throughput_tok_s,
+        "measured_tok_s": result.throughput_tok_s,
+        "error": prediction.throughput_tok_s / result.throughput_tok_s - 1,
+        "predicted_prefill_s": prediction.prefill_s,
+        "measured_prefill_s": result.prefill_s,
+        "predicted_decode_s": prediction.decode_s,
+        "measured_decode_s": result.decode_s,
+        **_limit(case, model, rates, shape, steps / result.decode_s if steps else 0.0),
+        "loss": compare(prediction.timeline, measured).loss().sentence(),
+        "predicted_utilization": prediction.timeline.decode_utilization(),
+        "measured_utilization": measured.decode_utilization(),
+        "most_off": op,
+        "most_off_s": seconds,
+        "device_budget_bytes": run.budget,
+        "peak_memory": result.peak_memory,
+        "cpu_taken_by_others": run.taken_by_others,
+        "drift": run.drift,
+        "attempts": run.attempts,
+        "disturbed": run.disturbance > 1,
+    }
+    return row, prediction
+
+
+def _limit(case: Case, model: MoEModel, rates: Rates, shape: BatchShape, measured: float) -> dict[str, Any]:
+    """How near decode came to what no schedule can pass; for systems whose dense weights stay on the device."""
+    if case.system not in ("moe-lightning", "fastdecode") or case.gen_len < 2:
+        return {"bound_decode_tok_s": None, "bound_by": None, "share_of_bound": None}
+    prompt = sum(shape.prompt_tokens) / case.batch_size
+    bound = physical_bound(model, rates, case.policy, prompt_len=prompt, gen_len=case.gen_len, prefill=False)
+    tok_s = case.batch_size * (case.gen_len - 1) / max(bound.seconds.values())
+    return {"bound_decode_tok_s": tok_s, "bound_by": bound.resource, "share_of_bound": measured / tok_s}
+
+
+def _worst_class(predicted: Timeline, measured: Timeline) -> tuple[str, float]:
+    """The task class whose total time differs most, and by how many seconds (measured minus predicted)."""
+    difference = measured.by_op()["seconds"] - predicted.by_op()["seconds"]
+    phase, op = difference.abs().idxmax()
+    return f"{phase} {op}", float(difference[phase, op])

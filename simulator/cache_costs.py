@@ -1,0 +1,115 @@
+"""Work of a layer whose experts come through a cache on the device, task by task.
+
+Of the experts that a micro-batch is expected to touch, a share misses the cache and crosses the link. Active experts
+are spread over the pieces as the executor does it: as evenly as possible, and one each where they are fewer.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from hrm.errors import InvalidValue
+from hrm.layers import FeedForward, Layer
+from hrm.model import MoEModel
+from hrm.operators import active_experts, expert_ffn
+from hrm.task_times import TaskTimes
+from simulator.expert_costs import addition_seconds, addition_work
+from simulator.task import Op
+
+__all__ = ["ExpertCaching", "cached_seconds", "cached_work"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ExpertCaching:
+    """An expert cache as predictions see it."""
+
+    slots: int
+    """K of every MoE layer."""
+    miss_rate: float | None = None
+    """Misses per active expert in decode, from a trace (`simulator.experts`); None: tokens choose independently and
+    uniformly."""
+
+    def __post_init__(self) -> None:
+        if self.miss_rate is not None and not 0 <= self.miss_rate <= 1:
+            raise InvalidValue(f"'miss_rate' must be between 0 and 1: {self.miss_rate}")
+
+    def misses(self, ffn: FeedForward, prompt: bool, part: np.ndarray) -> Any:
+        """Misses per active expert of each micro-batch.
+
+        With uniform routing an active expert is in the cache with probability K/E, whatever was kept: what leaves
+        first decides which experts stay, and all are alike. The first micro-batch of all finds an empty cache.
+        """
+        uniform = max(0.0, 1 - self.slots / ffn.num_experts)
+        if prompt:
+            return np.where(part == 0, 1.0, uniform)
+        return uniform if self.miss_rate is None else self.miss_rate
+
+
+def _spread(active: np.ndarray, pieces: int) -> np.ndarray:
+    """Active experts of every piece, [micro-batches * pieces], micro-batch by micro-batch."""
+    each = np.clip(active[:, None] - np.arange(pieces), 0.0, 1.0)
+    return np.where(active[:, None] >= pieces, active[:, None] / pieces, each).ravel()
+
+
+def _pieces(
+    caching: ExpertCaching, ffn: FeedForward, tokens: np.ndarray, pieces: int, prompt: bool
+) -> tuple[np.ndarray, np.ndarray]:
+    """Of every piece: experts that miss the cache, and its share of the micro-batch's active experts."""
+    if not ffn.routed:  # stays on the device, and the first piece computes it
+        return np.zeros(len(tokens) * pieces), np.tile(np.arange(pieces) == 0, len(tokens)).astype(float)
+    active = active_experts(ffn, tokens)
+    each = _spread(active, pieces)
+    rate = np.broadcast_to(caching.misses(ffn, prompt, np.arange(len(tokens))), (len(tokens),))
+    return each * np.repeat(rate, pieces), each / np.repeat(active, pieces)
+
+
+def cached_work(
+    model: MoEModel, tokens: np.ndarray, layer: Layer, caching: ExpertCaching, pieces: int, *, prompt: bool
+) -> dict[Op, tuple[Any, Any]]:
+    """Bytes and FLOPs by task class.
+
+    Parameters
+    ----------
+    tokens : ndarray, [micro-batches]
+    pieces : int
+        Pieces of each micro-batch.
+    prompt : bool
+        Prefill, whose first micro-batch finds the cache empty.
+
+    Returns
+    -------
+    dict
+        (bytes, FLOPs): [micro-batches], of classes with pieces [micro-batches * pieces]. Bytes cross the link, or are
+        weights that a kernel reads.
+    """
+    ffn = layer.ffn
+    misses, share = _pieces(caching, ffn, tokens, pieces, prompt)
+    expert = ffn.expert_parameters * model.expert_element_bytes
+    read = np.repeat(active_experts(ffn, tokens) * expert, pieces) * share
+    flops = np.repeat(expert_ffn(model, tokens, layer).flops, pieces) * share
+    return {
+        Op.OFFLOAD_ROUTES: (8.0 * tokens * (ffn.top_k if ffn.routed else 0), 0.0 * tokens),
+        Op.LOAD_E: (misses * expert, 0.0 * misses),
+        Op.EXPERTS: (read, flops),
+        Op.ADD_FFN: (0.0 * tokens, 0.0 * tokens + addition_work(model, tokens, layer)),
+    }
+
+
+def cached_seconds(
+    times: TaskTimes, tokens: np.ndarray, layer: Layer, caching: ExpertCaching, pieces: int, *, prompt: bool
+) -> dict[Op, Any]:
+    """Seconds of these tasks, each alone; parameters as those of `cached_work`."""
+    rates, ffn = times.rates, layer.ffn
+    misses, share = _pieces(caching, ffn, tokens, pieces, prompt)
+    expert = ffn.expert_parameters * times.model.expert_element_bytes / times.num_gpus
+    computed = np.repeat(times.gpu_experts(tokens, layer), pieces) * share
+    choices = 8.0 * tokens * (ffn.top_k if ffn.routed else 0)
+    return {
+        Op.OFFLOAD_ROUTES: times.d2h(choices),
+        Op.LOAD_E: rates.task_s + misses * (rates.transfer_s + expert / rates.h2d_bandwidth),
+        Op.EXPERTS: rates.task_s + computed,
+        Op.ADD_FFN: rates.task_s + addition_seconds(times, tokens, layer),
+    }

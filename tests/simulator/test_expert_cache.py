@@ -1,0 +1,176 @@
+"""The schedule and the costs of an expert cache."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from hrm import BatchShape, Hardware, MoEModel, Policy, Workload
+from hrm.errors import InvalidSchedule, InvalidValue
+from hrm.operators import active_experts
+from simulator import simulate
+from simulator.cache_costs import ExpertCaching
+from simulator.costs import schedule_costs
+from simulator.experts.residency import better_residency, evaluate_cached, plan_cached
+from simulator.schedules import build_schedule, expert_cache
+from simulator.task import Op, Schedule
+from simulator.validate import check_schedule
+
+
+@pytest.fixture(scope="module")
+def qwen() -> MoEModel:
+    """A model with many small experts."""
+    return MoEModel.from_catalog("qwen3-30b-a3b")
+
+
+@pytest.fixture(scope="module")
+def machine() -> Hardware:
+    """A machine whose memory holds a part of it."""
+    return Hardware.from_catalog("gcp-l4-1x")
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    layers=st.integers(1, 3), parts=st.integers(1, 5), pieces=st.integers(1, 4), steps=st.integers(0, 3),
+    on_gpu=st.booleans(), stream=st.booleans(), prefill=st.booleans(),
+)  # fmt: skip
+def test_every_schedule_is_safe(
+    layers: int, parts: int, pieces: int, steps: int, on_gpu: bool, stream: bool, prefill: bool
+) -> None:
+    """Nothing is read too early or overwritten in use, whatever the sizes."""
+    schedule = expert_cache(
+        num_layers=layers, num_micro_batches=parts, pieces=pieces, decode_steps=steps + (not prefill),
+        attention_on_gpu=on_gpu, stream_kv=stream, prefill=prefill,
+    )  # fmt: skip
+    check_schedule(schedule)
+    assert Schedule.from_text(schedule.to_text()).to_text() == schedule.to_text()
+
+
+@pytest.mark.parametrize(
+    ("task", "dependency", "message"),
+    [
+        ("LoadExperts(1,0,0)", "OffloadRoutes(1,0,0)", "OffloadRoutes"),
+        ("Experts(1,0,1)", "LoadExperts(1,0,1)", "LoadExperts"),
+        ("LoadExperts(1,0,2)", "Experts(1,0,0)", "slots it fills"),
+        ("OffloadRoutes(1,0,0)", "PostAttn(1,0,0)", "PostAttn"),
+    ],
+)
+def test_a_missing_dependency_is_found(task: str, dependency: str, message: str) -> None:
+    """Without any one of the cache's dependencies the proof fails and names the two tasks."""
+    schedule = expert_cache(num_layers=2, num_micro_batches=2, pieces=3, decode_steps=1, prefill=False)
+    lines = []
+    for line in schedule.to_text().splitlines():
+        if line.startswith(task + " "):
+            head, _, deps = line.partition(" < ")
+            kept = [x for x in deps.replace(",L", ", L").split(" ") if x.strip(",") != dependency]
+            assert len(kept) < len(deps.split(" ")), line
+            line = head + (" < " + " ".join(kept).strip(", ") if kept else "")
+        lines.append(line)
+    with pytest.raises(InvalidSchedule, match=message):
+        check_schedule(Schedule.from_text("\n".join(lines)))
+
+
+def test_bytes_are_the_misses_of_the_active_experts(qwen: MoEModel, machine: Hardware) -> None:
+    """All pieces of a decode step together bring a(1 - K/E) experts per layer."""
+    policy = Policy(batch_size=4, micro_batch_size=4, expert_slots=32)
+    batch = BatchShape.uniform(4, 4, 16, 3)
+    schedule = build_schedule(qwen.num_layers, policy, gen_len=3, weight_pieces=qwen.num_experts)
+    caching = ExpertCaching(slots=32)
+    from simulator.costs import Costing
+
+    costs = Costing(schedule, qwen, machine.rates(), batch, weights_on_gpu=0.0, caching=caching).at()
+    loads = schedule.mask(Op.LOAD_E) & (schedule.step == 1)
+    ffn = qwen.main_layer.ffn
+    active = float(active_experts(ffn, 4))
+    size = ffn.expert_parameters * qwen.expert_element_bytes
+    expected = qwen.num_layers * active * (1 - 32 / ffn.num_experts) * size
+    assert costs.bytes[loads].sum() == pytest.approx(expected)
+    first = schedule.mask(Op.LOAD_E) & (schedule.step == 0)
+    assert costs.bytes[first].sum() == pytest.approx(qwen.num_layers * float(active_experts(ffn, 64)) * size)
+
+
+def test_costs_of_other_schedules_know_no_cache(qwen: MoEModel, machine: Hardware) -> None:
+    """Without a cache nothing has changed: all weights travel."""
+    policy = Policy(batch_size=4, micro_batch_size=4)
+    schedule = build_schedule(qwen.num_layers, policy, gen_len=2)
+    costs = schedule_costs(schedule, qwen, machine.rates(), BatchShape.uniform(4, 4, 16, 2), weights_on_gpu=0.0)
+    moved = costs.bytes[schedule.mask(Op.LOAD_W)].sum()
+    assert moved == pytest.approx(2 * qwen.streamed_bytes)
+
+
+@settings(max_examples=20, deadline=None)
+@given(
+    slots=st.lists(st.integers(1, 128), min_size=2, max_size=2).map(sorted), size=st.sampled_from((1, 3, 8)),
+    on_gpu=st.booleans(),
+)  # fmt: skip
+def test_more_slots_never_hurt(qwen: MoEModel, machine: Hardware, slots: list[int], size: int, on_gpu: bool) -> None:
+    """Predicted throughput does not fall with more slots."""
+    batch = BatchShape.uniform(size, size, 32, 6)
+    few, many = (
+        simulate(
+            qwen, machine.rates(), Policy(
+                batch_size=size, micro_batch_size=size, attention_on_gpu=on_gpu, kv_on_gpu=float(on_gpu), expert_slots=k
+            ), batch,
+        ).throughput_tok_s
+        for k in slots
+    )  # fmt: skip
+    assert many >= few * (1 - 1e-9)
+
+
+def test_a_trace_with_fewer_misses_is_faster(qwen: MoEModel, machine: Hardware) -> None:
+    """The miss rate of a trace takes the place of uniform routing's."""
+    policy = Policy(batch_size=2, micro_batch_size=2, expert_slots=16)
+    batch = BatchShape.uniform(2, 2, 32, 8)
+    speeds = [
+        simulate(qwen, machine.rates(), policy, batch, miss_rate=rate).throughput_tok_s
+        for rate in (0.9, None, 0.3, 0.0)
+    ]
+    assert speeds == sorted(speeds)
+    with pytest.raises(InvalidValue, match="miss_rate"):
+        simulate(qwen, machine.rates(), policy, batch, miss_rate=1.5)
+
+
+def test_few_requests_are_cached_and_many_stream(qwen: MoEModel, machine: Hardware) -> None:
+    """A batch that touches few experts gets a cache, one that touches all of them does not."""
+    from hrm import plan
+
+    workload = Workload.parse("64,16")
+    few = plan(qwen, machine, workload, ffn_on_gpu=True, max_batch_size=2)
+    chosen = better_residency(few, max_batch_size=2)
+    assert chosen.policy.expert_slots is not None
+    assert chosen.estimate.throughput > few.estimate.throughput
+    assert chosen.fits and chosen.estimate.throughput <= chosen.bound_tok_s
+    many = plan(qwen, machine, workload, ffn_on_gpu=True)
+    assert better_residency(many, max_batch_size=None) is many
+
+
+@settings(max_examples=15, deadline=None)
+@given(slots=st.integers(1, 24), size=st.integers(1, 16), on_gpu=st.booleans())
+def test_no_prediction_passes_the_bound(qwen: MoEModel, machine: Hardware, slots: int, size: int, on_gpu: bool) -> None:
+    """With uniform routing the physical bound holds for caches, too."""
+    policy = Policy(
+        batch_size=size, micro_batch_size=size, attention_on_gpu=on_gpu, kv_on_gpu=float(on_gpu), expert_slots=slots
+    )
+    found = evaluate_cached(qwen, machine, Workload.parse("32,8"), policy)
+    assert found.estimate.throughput <= found.bound_tok_s * (1 + 1e-9)
+
+
+def test_slots_fill_the_memory(qwen: MoEModel, machine: Hardware) -> None:
+    """The planned number of slots fits, and one more would not."""
+    found = plan_cached(qwen, machine, Workload.parse("64,16"), max_batch_size=1)
+    slots = found.policy.expert_slots
+    assert slots is not None and found.fits
+    per_slot = found.memory.gpu["resident_experts"] / slots
+    assert slots == qwen.num_experts or found.memory.gpu_bytes + per_slot > found.room[0]
+
+
+def test_requests_that_end_leave_their_pieces_empty(qwen: MoEModel, machine: Hardware) -> None:
+    """Where all requests of a micro-batch have ended, its pieces cost nothing."""
+    policy = Policy(batch_size=4, micro_batch_size=2, expert_slots=8)
+    whole = BatchShape.uniform(4, 2, 16, 8)
+    short = BatchShape(whole.micro_batches, 8, output_lens=((8, 8), (2, 2)))
+    full, part = (simulate(qwen, machine.rates(), policy, shape) for shape in (whole, short))
+    assert part.decode_s < 0.8 * full.decode_s
+    assert np.isfinite(part.throughput_tok_s)
