@@ -180,8 +180,8 @@ class Compute:
         if layer == 0:
             hidden.copy_(self._weights.embed(places.next_ids[part]))
         if part not in self._turns or self._turns[part][0] != step:
-            positions = places.part(part).positions(places.decoded(step))
-            self._turns[part] = (step, self._turn(positions.to(hidden.device)))
+            positions = places.device_part(part).positions(places.decoded(step))
+            self._turns[part] = (step, self._turn(positions))
         slot = places.device_slot(step, layer, part)
         dense = self._weights.layer(layer, places.visit(step, layer))
         queries, rows = places.queries(slot, layer, part), places.new_rows(slot, layer, part)
@@ -193,17 +193,20 @@ class Compute:
         state, window = places.part(part), places.attention[layer].window
         n, first = state.size, state.on_device
         slot = places.device_slot(step, layer, part)
-        new, visible, _ = state.rows(places.decoded(step), window)
+        _, visible, _ = state.rows(places.decoded(step), window)
+        there = places.device_part(part)
+        new, _, _ = there.rows(places.decoded(step), window)
         queries, rows = places.queries(slot, layer, part), places.new_rows(slot, layer, part)
         out = places.attended(slot, layer, part)
         arenas = []
         if first:
-            arenas.append((slice(0, first), places.device_rows(layer), state.starts(window)[:first]))
+            arena = places.device_rows(layer)
+            arenas.append((slice(0, first), arena, state.starts(window)[:first], there.starts(window)[:first]))
         if first < n:
-            buffer = places.kv_buffer(step, layer, part)
-            arenas.append((slice(first, n), buffer, places.buffer_starts(layer, part)))
-        for which, arena, starts in arenas:
-            arena[(starts + new[which]).to(arena.device)] = rows[which]
+            arena = places.kv_buffer(step, layer, part)
+            arenas.append((slice(first, n), arena, *places.buffer_starts(layer, part)))
+        for which, arena, starts, begin in arenas:
+            arena[begin + new[which]] = rows[which]
             self._attend(layer, queries[which], arena, starts, visible[which], out[which])
 
     def _attend(

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import mmap
+import weakref
 from collections.abc import Iterable
 
 import torch
@@ -59,8 +61,41 @@ class DeviceMemory:
             self.items.pop(name, None)
 
 
+_LOCK_BY_OURSELVES = 2**20
+"""Bytes from which host memory is locked as it is: torch's own pinned memory comes in powers of two."""
+
+
 def host_tensor(shape: tuple[int, ...], dtype: torch.dtype, *, pinned: bool) -> torch.Tensor:
-    """A touched host tensor, page-locked if a GPU will copy from or to it."""
-    if pinned:
-        return torch.empty(shape, dtype=dtype, pin_memory=True)
-    return torch.zeros(shape, dtype=dtype)
+    """A touched host tensor, page-locked if a GPU will copy from or to it.
+
+    Raises
+    ------
+    DoesNotFit
+        If so much memory cannot be locked.
+    """
+    if not pinned:
+        return torch.zeros(shape, dtype=dtype)
+    size = math.prod(shape) * dtype.itemsize
+    try:
+        if size < _LOCK_BY_OURSELVES:
+            return torch.empty(shape, dtype=dtype, pin_memory=True)
+        pages, tensor = mapped_tensor(shape, dtype)
+        address = tensor.data_ptr()
+        torch.cuda.check_error(int(torch.cuda.cudart().cudaHostRegister(address, size, 0)))
+    except RuntimeError as error:
+        raise DoesNotFit(
+            f"{format_bytes(size)} of host memory cannot be page-locked ({str(error).splitlines()[0]}); "
+            "try --staged-weights, a smaller --batch-size, or a higher limit (ulimit -l)."
+        ) from None
+    # Not before the last view of it is gone: the mapping lives as long as the tensor's storage.
+    weakref.finalize(pages, torch.cuda.cudart().cudaHostUnregister, address).atexit = False
+    return tensor
+
+
+def mapped_tensor(shape: tuple[int, ...], dtype: torch.dtype) -> tuple[mmap.mmap, torch.Tensor]:
+    """A tensor of zeros in whole pages of its own, all of them touched, and the mapping that holds it."""
+    pages = mmap.mmap(-1, max(1, math.prod(shape) * dtype.itemsize))
+    if not math.prod(shape):
+        return pages, torch.empty(shape, dtype=dtype)
+    tensor = torch.frombuffer(pages, dtype=dtype, count=math.prod(shape)).view(shape)
+    return pages, tensor.zero_()

@@ -12,7 +12,7 @@ from executor.jobs import batches
 from executor.machine import ram_bytes
 from hrm.errors import DoesNotFit, HrmError, InvalidValue
 from hrm.hardware import Hardware
-from hrm.memory import Footprint, batch_footprint, check_fits, footprint
+from hrm.memory import GPU_USABLE, Footprint, batch_footprint, check_fits, footprint
 from hrm.model import MoEModel
 from hrm.pipeline import BatchShape
 from hrm.policy import Policy
@@ -111,6 +111,10 @@ def check_memory(
     """
     if device_memory is not None and device_memory < 1:
         raise InvalidValue(f"'device_memory' must be >= 1: {device_memory}")
+    if on_gpu:
+        total = torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory
+        # Some of it goes to the context and to the workspaces of libraries, as the planner counts, too.
+        device_memory = int(GPU_USABLE * min(total, device_memory or total))
     found = batches(prompt_lens, policy)
     for number, groups in enumerate(found, start=1):
         gen_len = max(gen_lens[i] for group in groups for i in group)
@@ -118,10 +122,12 @@ def check_memory(
         need = batch_footprint(model, shape, policy, system=system)
         which = f"batch {number} of {len(found)}" if len(found) > 1 else "the batch"
         if device_memory is not None and need.gpu_bytes > device_memory:
+            usable = f" ({GPU_USABLE:.0%} of the GPU's)" if on_gpu else ""
             smaller = "--weights-on-gpu" if policy.expert_slots is None else "--expert-slots"
             raise DoesNotFit(
                 f"{which} needs {format_bytes(need.gpu_bytes)} of device memory, the budget is "
-                f"{format_bytes(device_memory)}. Raise --device-memory, or lower {smaller} or --micro-batch-size."
+                f"{format_bytes(device_memory)}{usable}. "
+                f"Raise --device-memory, or lower {smaller} or --micro-batch-size."
             )
         host = need.cpu_bytes + (0 if on_gpu else need.gpu_bytes)
         if ranks * host > ram_bytes():

@@ -44,6 +44,8 @@ class Places:
         self._prompts_move = bool((schedule.mask(Op.LOAD_X) | schedule.mask(Op.OFFLOAD_KV)).any())
         if schedule.mask(Op.STAGE_W).any():
             self.buffers.make_ring(schedule.num_pages, self.weights.longest_page(schedule.num_pages))
+        self._buffer_starts: dict[tuple[int, int | None], tuple[torch.Tensor, torch.Tensor]] = {}
+        self._device_parts = [part.on(self.device) for part in segment.parts]
         sizes = [part.size for part in segment.parts]
         self.hidden = list(self.buffers.hidden[: sum(sizes)].split(sizes))
         """Hidden states of each micro-batch in decode, [n, H]."""
@@ -62,6 +64,10 @@ class Places:
     def part(self, part: int) -> Part:
         """The requests of a micro-batch."""
         return self.segment.parts[part]
+
+    def device_part(self, part: int) -> Part:
+        """The same, with rows and positions on the device."""
+        return self._device_parts[part]
 
     def decoded(self, step: int) -> int:
         """Decode steps of the segment before `step`."""
@@ -168,11 +174,14 @@ class Places:
         flat, width = buffers[self._number(step, layer, part) % len(buffers)], self.attention[layer].kv_elements
         return flat[: flat.numel() // width * width].view(-1, width)
 
-    def buffer_starts(self, layer: int, part: int) -> torch.Tensor:
-        """First row in a KV buffer of each request whose KV travels."""
+    def buffer_starts(self, layer: int, part: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """First row in a KV buffer of each request whose KV travels, on the host and on the device."""
         window = self.attention[layer].window
-        rooms = [r.room if window is None else min(r.room, window) for r in self.travelling(part)]
-        return torch.tensor([0, *rooms], dtype=torch.int64).cumsum(0)[:-1]
+        if (part, window) not in self._buffer_starts:
+            rooms = [r.room if window is None else min(r.room, window) for r in self.travelling(part)]
+            starts = torch.tensor([0, *rooms], dtype=torch.int64).cumsum(0)[:-1]
+            self._buffer_starts[part, window] = starts, starts.to(self.device)
+        return self._buffer_starts[part, window]
 
 
 def prompt_spans(state: Part, window: int | None, which: range) -> list[tuple[int, int, int]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -30,6 +31,19 @@ class Part:
         self._last_row = torch.tensor([request.room - 1 for request in self.requests], dtype=torch.int64)
         self._starts: dict[int | None, torch.Tensor] = {}
         self._views: dict[tuple[int, int | None], tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = {}
+
+    def on(self, device: torch.device) -> Part:
+        """The same with all numbers on a device, whose lane need not wait for copies then; itself on a CPU."""
+        if device.type == "cpu":
+            return self
+        twin = copy.copy(self)
+        twin._cached, twin._last_row = self._cached.to(device), self._last_row.to(device)
+        twin._starts = {window: self.starts(window).to(device) for window in self._windows()}
+        twin._views = {}
+        return twin
+
+    def _windows(self) -> set[int | None]:
+        return {window for request in self.requests for window in request.starts}
 
     def positions(self, decoded: int) -> torch.Tensor:
         """Position of the token that each request feeds in after `decoded` tokens of this segment, [n].

@@ -193,7 +193,7 @@ class Transfers:
         state, window = places.part(part), places.attention[layer].window
         past = state.rows(places.decoded(step), window)[2].tolist()[state.on_device :]
         starts = state.starts(window).tolist()[state.on_device :]
-        for start, target, count in zip(starts, places.buffer_starts(layer, part).tolist(), past, strict=True):
+        for start, target, count in zip(starts, places.buffer_starts(layer, part)[0].tolist(), past, strict=True):
             copy(slice(start, start + count), slice(target, target + count))
 
     def stage_kv(self, step: int, layer: int, part: int, ready: float) -> None:

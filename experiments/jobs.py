@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -158,7 +159,9 @@ def run_command(
         click.echo(requests.complaint("will not be run"), err=True)
     with contextlib.ExitStack() as stack:
         stack.enter_context(ranks)
-        results = stack.enter_context(Results(out, resume=resume)) if out else None
+        job = {"checkpoint": str(checkpoint.resolve()), "gen_len": gen_len, "seed": seed} | asdict(sampling)
+        job |= {"ignore_eos": ignore_eos, "gating": gating, "capacity_factor": capacity_factor}
+        results = stack.enter_context(Results(out, resume=resume, job=job)) if out else None
         waiting = [r for r in requests.prompts if results is None or r.id not in results.done]
         about = {
             "system": system,

@@ -8,7 +8,7 @@ import json
 import os
 import stat
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import Any, Self
@@ -41,17 +41,21 @@ class Results:
     path : Path
     resume : bool
         Go on with a file that has lines already; a last line that was cut short is dropped.
+    job : mapping, optional
+        What answers depend on besides the prompts. It is kept beside the file, in ``<name>.job.json``, and must be the
+        same when the file is gone on with.
 
     Raises
     ------
     InvalidValue
-        If the file has content and `resume` is off, its content is not output lines, or another run writes it.
+        If the file has content and `resume` is off, its content is not output lines or of another job, or another run
+        writes it.
     """
 
-    def __init__(self, path: Path, *, resume: bool) -> None:
+    def __init__(self, path: Path, *, resume: bool, job: Mapping[str, Any] | None = None) -> None:
         self.done: set[str | int] = set()
-        self._path = path
-        self._new = not path.exists()
+        self._path, self._job_path = path, path.with_name(path.name + ".job.json")
+        self._new, self._has_job = not path.exists(), job is not None
         self._fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
         try:
             self._lock()
@@ -64,6 +68,9 @@ class Results:
                         f"{str(path)!r} exists and is not empty; add --resume to go on with it, or name another --out."
                     )
                 self._take_up(path)
+                self._check_job(job or {})
+            if self._regular and job is not None:
+                self._job_path.write_text(json.dumps(job) + "\n")
         except BaseException:
             os.close(self._fd)
             raise
@@ -96,6 +103,19 @@ class Results:
         if torn:
             os.ftruncate(self._fd, whole)
         self._size = whole
+
+    def _check_job(self, job: Mapping[str, Any]) -> None:
+        """Refuse to mix answers of two jobs; a file without a job beside it is believed."""
+        try:
+            before = json.loads(self._job_path.read_text())
+        except (OSError, ValueError):
+            return
+        for name, value in job.items():
+            if isinstance(before, dict) and name in before and before[name] != value:
+                raise InvalidValue(
+                    f"{str(self._path)!r} has answers with {name} {before[name]!r}, and now it is {value!r}: "
+                    "use the same options to go on with it, or name another --out."
+                )
 
     def write(self, ids: Sequence[str | int], outputs: Sequence[Sequence[int]], tokenizer: Any = None) -> None:
         """Append one line per request.
@@ -152,7 +172,10 @@ class Results:
             if self._regular:
                 self._sync()
                 if self._new and not self._size:
-                    self._path.unlink(missing_ok=True)  # a run that was refused leaves nothing behind
+                    # A run that was refused leaves nothing behind.
+                    self._path.unlink(missing_ok=True)
+                    if self._has_job:
+                        self._job_path.unlink(missing_ok=True)
         except OSError as error:
             if kind is None:
                 raise self._failure(error) from None

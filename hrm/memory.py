@@ -29,10 +29,12 @@ from hrm.policy import Policy
 from hrm.systems import System, check_system
 from hrm.units import format_bytes
 
-__all__ = ["Footprint", "batch_footprint", "check_fits", "footprint", "kv_cache_bytes", "usable_bytes"]
+__all__ = ["GPU_USABLE", "Footprint", "batch_footprint", "check_fits", "footprint", "kv_cache_bytes", "usable_bytes"]
 
-# A GPU's driver, context and allocator take some of it; the operating system some of the host.
-_GPU_USABLE, _CPU_USABLE, _SHARED_USABLE = 0.92, 0.90, 0.85
+GPU_USABLE = 0.92
+"""Share of a GPU's memory that a run may use: driver, context and allocator take some of it."""
+# The operating system takes some of the host's.
+_CPU_USABLE, _SHARED_USABLE = 0.90, 0.85
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -237,7 +239,7 @@ def usable_bytes(hardware: Hardware) -> tuple[float, float]:
         # Both heaps lie in the same RAM: the GPU's share is a budget, exact, and the host gets the rest.
         gpu = float(hardware.gpu.capacity)
         return gpu, max(0.0, _SHARED_USABLE * float(hardware.cpu.capacity) - gpu)
-    return _GPU_USABLE * float(hardware.gpu.capacity), _CPU_USABLE * float(hardware.cpu.capacity)
+    return GPU_USABLE * float(hardware.gpu.capacity), _CPU_USABLE * float(hardware.cpu.capacity)
 
 
 def check_fits(need: Footprint, hardware: Hardware) -> None:

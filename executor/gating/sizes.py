@@ -13,6 +13,8 @@ from hrm.pipeline import FFN_CHUNK_ROWS
 
 __all__ = ["LM", "MT", "GatingSizes", "LayerShape", "gating_sizes"]
 
+_MOST_EXPERTS = 65536
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LayerShape:
@@ -32,6 +34,8 @@ class LayerShape:
         for field in ("num_experts", "top_k", "hidden", "intermediate"):
             if getattr(self, field) < 1:
                 raise InvalidValue(f"'{field}' must be >= 1: {getattr(self, field)}")
+        if self.num_experts > _MOST_EXPERTS:
+            raise InvalidValue(f"'num_experts' must be at most {_MOST_EXPERTS}: {self.num_experts}")
         if self.top_k > self.num_experts:
             raise InvalidValue(f"'top_k' must be at most the {self.num_experts} experts that there are: {self.top_k}")
         if not 0 < self.capacity_factor <= 1:

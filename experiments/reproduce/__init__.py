@@ -6,6 +6,9 @@ from collections.abc import Callable
 
 from experiments.reproduce.flexgen_table import flexgen_opt
 from experiments.reproduce.kernel_latency import fig9
+from experiments.reproduce.moe_deployment import moe_buffering, moe_gating
+from experiments.reproduce.moe_deployment_balancing import moe_balancing
+from experiments.reproduce.moe_deployment_memory import moe_memory, moe_waste
 from experiments.reproduce.policy_maps import fig10
 from experiments.reproduce.result import Reproduced, rows_frame
 from experiments.reproduce.roofline_figures import fig4, fig5, measured_roofline
@@ -24,5 +27,10 @@ FIGURES: dict[str, Callable[..., Reproduced]] = {
     "tab5": tab5,
     "flexgen-opt": flexgen_opt,
     "measured-roofline": measured_roofline,
+    "moe-waste": moe_waste,
+    "moe-gating": moe_gating,
+    "moe-memory": moe_memory,
+    "moe-buffering": moe_buffering,
+    "moe-balancing": moe_balancing,
 }
 """Each takes ``progress(done, total)``, which may be None, and returns a `Reproduced`."""

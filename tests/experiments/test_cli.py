@@ -256,17 +256,6 @@ def test_what_does_not_fit_exits_with_3(refused: Any) -> None:
     assert "does not fit" in refused("plan", *L4, "--device-memory", "1GiB", code=3)
 
 
-@pytest.mark.parametrize(
-    "args",
-    [
-        ("experts", "cache", "--slots", "2,4"),
-    ],
-)
-def test_commands_to_come_say_so(refused: Any, args: tuple[str, ...]) -> None:
-    """A command of the contract that is not built takes any arguments and exits with 2."""
-    assert f"'hrm {args[0]}' is not built yet" in refused(*args)
-
-
 def test_unknown_command_and_name(refused: Any) -> None:
     """Misspelt commands and catalog names are named."""
     assert "'plam'" in refused("plam")

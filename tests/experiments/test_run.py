@@ -87,6 +87,18 @@ def test_killed_run_resumes_to_the_same_outputs(run: Any, tmp_path: Path, draws:
     assert (again["skipped"], again["segments"], again["system"]) == (6, 0, "moe-lightning")
 
 
+@pytest.mark.parametrize("other", [("--temperature", 0.5), ("--seed", 9), ("--gen-len", 3)])
+def test_a_file_of_another_job_is_not_gone_on_with(run: Any, tmp_path: Path, other: tuple[object, ...]) -> None:
+    """Answers drawn otherwise are not mixed into one file; without a note of the job beside it the file is believed."""
+    out = tmp_path / "o.jsonl"
+    assert run("--random-prompts", "2,8", "--out", out).code == 0
+    written = out.read_text()
+    done = run("--random-prompts", "3,8", "--out", out, "--resume", *other)
+    assert done.code == 2 and other[0].strip("-").replace("-", "_") in done.err and out.read_text() == written
+    out.with_name("o.jsonl.job.json").unlink()
+    assert run("--random-prompts", "3,8", "--out", out, "--resume", *other).code == 0
+
+
 def test_answers_are_kept_as_requests_finish(run: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """An interrupt in the second batch leaves the answers of the first, and --resume gives the rest, none twice."""
     out, whole = tmp_path / "o.jsonl", tmp_path / "whole.jsonl"

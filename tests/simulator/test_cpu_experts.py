@@ -403,7 +403,7 @@ def test_requests_that_end_early_leave_the_experts_less() -> None:
 @settings(max_examples=30, deadline=None)
 @given(share=st.floats(0, 1), skew=st.floats(0, 3), tokens=st.integers(1, 200))
 def test_popular_residents_take_more_of_the_work(share: float, skew: float, tokens: int) -> None:
-    """With popular experts on the GPU it does at least their share, and nothing is lost; even routing changes nothing."""
+    """The GPU with popular experts does at least their share, and nothing is lost; even routing changes nothing."""
     model = MoEModel.from_catalog("mixtral-8x7b").with_routing([1 / (1 + e) ** skew for e in range(8)])
     layer, count = model.main_layer, np.array([float(tokens)])
     even = expert_work(model, count, layer, share)
