@@ -6,7 +6,7 @@ One checkpoint of random weights with 64 experts per layer, top-8 (OLMoE's shape
 routers are skewed: the rows of each are scaled, so that some experts are chosen far more often than others. Everything
 has the same device memory. Entries take turns in rounds; what is reported are medians.
 
-1. For 1 to 32 requests at a time: CGOPipe with as much of the experts resident as fits, against an expert cache with as
+1. For 1 to 16 requests at a time: CGOPipe with as much of the experts resident as fits, against an expert cache with as
    many slots as fit, under several cache policies. Beside the measured speed stands the predicted one, from a probe of
    this machine: for the cache with uniform routing, and with the miss rate of the trace that the run recorded.
 2. Experts computed where they lie, the same share of them on the device: the first ones, or the popular ones of a trace
@@ -60,7 +60,7 @@ _POPULAR_SHARE = 0.25
 """Of the experts, those that stay on the device where each is computed where it lies."""
 _LINK = 1e9
 _PROMPT, _GEN = 24, 24
-_SIZES = (1, 2, 4, 8, 16, 32)
+_SIZES = (1, 4, 16)
 _CACHES = ("inactive-first-lifo", "lru", "next-use")
 
 
@@ -251,7 +251,8 @@ def main() -> None:
         predicted: list[list[dict[str, float]]] = [[] for _ in chosen]
         for number in range(rounds):
             for i, entry in enumerate(chosen):
-                machine = prober.refresh(passes=1)
+                if not i or entry.size != chosen[i - 1].size:
+                    machine = prober.refresh(passes=1)
                 turn = run(checkpoint, entry, budget, popularity)
                 predicted[i].append(predictions(checkpoint, machine, entry, turn))
                 turns[i].append(turn)
