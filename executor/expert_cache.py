@@ -31,6 +31,10 @@ class CacheCounts:
     bytes: int = 0
     """Copied to the device."""
 
+    def since(self, before: CacheCounts) -> CacheCounts:
+        """What has been added to an earlier count."""
+        return CacheCounts(self.accesses - before.accesses, self.misses - before.misses, self.bytes - before.bytes)
+
     def to_dict(self) -> dict[str, Any]:
         """With hits and the miss rate."""
         rate = self.misses / self.accesses if self.accesses else None
@@ -48,7 +52,7 @@ class Visit:
     """The experts of one micro-batch in one layer."""
 
     pieces: list[list[Access]]
-    """In increasing id."""
+    """First the experts that are there, then those that are missing; in increasing id."""
     starts: list[int]
     """[E + 1]: where each expert's tokens begin among the choices, sorted by expert."""
     slots: list[dict[int, int]]
@@ -122,7 +126,10 @@ class DeviceExperts:
             self._empty()
 
     def visit(self, step: int, layer: int, part: int, index: torch.Tensor) -> None:
-        """Look up the choices of a micro-batch, [n, k] on the host, and cut its active experts into pieces."""
+        """Look up the choices of a micro-batch, [n, k] on the host, and cut its active experts into pieces.
+
+        The cache is asked for them in increasing id, whatever the order in which they are computed.
+        """
         counts = torch.bincount(index.reshape(-1), minlength=self._ffn.num_experts)
         active = counts.nonzero().flatten().tolist()
         found = self._caches[layer].batch(active)
@@ -130,10 +137,10 @@ class DeviceExperts:
         self.counts.accesses += len(found)
         self.counts.misses += misses
         self.counts.bytes += misses * self._expert_bytes
-        cuts = [len(found) * i // self.num_pieces for i in range(self.num_pieces + 1)]
-        if len(found) < self.num_pieces:
-            cuts = [min(i, len(found)) for i in range(self.num_pieces + 1)]
-        pieces = [found[a:b] for a, b in pairwise(cuts)]
+        missing = [access for access in found if not access.hit]
+        rest = self.num_pieces - 1
+        cuts = [min(i, misses) if misses < rest else misses * i // rest for i in range(rest + 1)]
+        pieces = [[access for access in found if access.hit], *(missing[a:b] for a, b in pairwise(cuts))]
         starts = [0, *counts.cumsum(0).tolist()]
         self._visits[step, layer, part] = Visit(pieces, starts, [])
 
@@ -149,16 +156,18 @@ class DeviceExperts:
         leaving: list[int] = []
         self._leaving.append(leaving)
         visit, where = self._visits[step, layer, part], self._where[layer]
-        mine: dict[int, int] = {}
         moved = 0
-        for expert, hit, evicted in visit.pieces[piece]:
-            if not hit:
-                if evicted is not None:
-                    leaving.append(where.pop(evicted))
-                where[expert] = self._free.popleft()
-                copy(self._slots[where[expert]], self._host[layer][expert])
-                moved += self._expert_bytes
-            mine[expert] = where[expert]
+        if piece == 0:
+            # Taken down now: later pieces may put some of these experts out.
+            visit.slots.append({access.expert: where[access.expert] for access in visit.pieces[0]})
+            return moved
+        mine: dict[int, int] = {}
+        for access in visit.pieces[piece]:
+            if access.evicted is not None:
+                leaving.append(where.pop(access.evicted))
+            slot = where[access.expert] = mine[access.expert] = self._free.popleft()
+            copy(self._slots[slot], self._host[layer][access.expert])
+            moved += self._expert_bytes
         visit.slots.append(mine)
         return moved
 

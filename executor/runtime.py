@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -118,6 +119,8 @@ class Runtime:
     ) -> tuple[list[list[list[int]]], Timeline]:
         """Run a segment's schedule; the tokens that each request got, by micro-batch, and the measured timeline."""
         self.begin(segment)
+        cache = self._weights.experts_cached
+        before = None if cache is None else replace(cache.counts)
         started = time.time()
         handlers = {**self.transfers.handlers(), **self.compute.handlers()}
         try:
@@ -127,6 +130,8 @@ class Runtime:
             raise
         moved, flops = self._work(segment)
         about = {"started": started, **(facts or {})}
+        if cache is not None and before is not None:
+            about["expert_cache"] = cache.counts.since(before).to_dict()
         timeline = Timeline(segment.schedule, start, end, moved, flops, source="measured", facts=about)
         return self.finish(), timeline
 

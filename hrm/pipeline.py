@@ -32,16 +32,19 @@ PINNED_PAGES = LOOKAHEAD + 2
 """Pages of the pinned ring: two staged ahead, one in transfer, one being filled."""
 
 EXPERT_PIECES = 8
-"""With an expert cache, the most pieces in which a micro-batch's active experts come and are computed."""
+"""With an expert cache, the most pieces in which the experts that a micro-batch misses come and are computed."""
 
 PIECES_IN_FLIGHT = 2
 """Pieces whose experts must lie on the device at once: one is computed while the next one comes."""
 
 
 def expert_pieces(num_experts: int) -> tuple[int, int]:
-    """Pieces of a layer's active experts, and the most experts of a piece."""
+    """Pieces of a layer's active experts, and the most experts that come with one.
+
+    The first piece has the experts that are there, the others those that are missing.
+    """
     pieces = min(EXPERT_PIECES, num_experts)
-    return pieces, -(-num_experts // pieces)
+    return 1 + pieces, -(-num_experts // pieces)
 
 
 FFN_CHUNK_ROWS = 2048

@@ -1,7 +1,8 @@
 """Work of a layer whose experts come through a cache on the device, task by task.
 
-Of the experts that a micro-batch is expected to touch, a share misses the cache and crosses the link. Active experts
-are spread over the pieces as the executor does it: as evenly as possible, and one each where they are fewer.
+Of the experts that a micro-batch is expected to touch, a share misses the cache and crosses the link. The first piece has
+those that are there, the missing ones are spread over the others as the executor does it: as evenly as possible, and one
+each where they are fewer.
 """
 
 from __future__ import annotations
@@ -48,10 +49,10 @@ class ExpertCaching:
         return uniform if self.miss_rate is None else self.miss_rate
 
 
-def _spread(active: np.ndarray, pieces: int) -> np.ndarray:
-    """Active experts of every piece, [micro-batches * pieces], micro-batch by micro-batch."""
-    each = np.clip(active[:, None] - np.arange(pieces), 0.0, 1.0)
-    return np.where(active[:, None] >= pieces, active[:, None] / pieces, each).ravel()
+def _spread(count: np.ndarray, pieces: int) -> np.ndarray:
+    """Experts of every piece, [micro-batches, pieces], one each where they are fewer than pieces."""
+    each = np.clip(count[:, None] - np.arange(pieces), 0.0, 1.0)
+    return np.where(count[:, None] >= pieces, count[:, None] / max(1, pieces), each)
 
 
 def _pieces(
@@ -61,9 +62,11 @@ def _pieces(
     if not ffn.routed:  # stays on the device, and the first piece computes it
         return np.zeros(len(tokens) * pieces), np.tile(np.arange(pieces) == 0, len(tokens)).astype(float)
     active = active_experts(ffn, tokens)
-    each = _spread(active, pieces)
-    rate = np.broadcast_to(caching.misses(ffn, prompt, np.arange(len(tokens))), (len(tokens),))
-    return each * np.repeat(rate, pieces), each / np.repeat(active, pieces)
+    missing = active * caching.misses(ffn, prompt, np.arange(len(tokens)))
+    misses = np.column_stack([np.zeros(len(tokens)), _spread(missing, pieces - 1)])
+    each = misses.copy()
+    each[:, 0] = active - missing
+    return misses.ravel(), (each / active[:, None]).ravel()
 
 
 def cached_work(

@@ -86,6 +86,8 @@ def test_the_timeline_carries_the_bytes_that_were_missed(tiny: Checkpoint) -> No
     timeline = result.timelines[0]
     moved = timeline.bytes[timeline.schedule.mask(Op.LOAD_E)].sum()
     assert result.expert_cache is not None and moved == result.expert_cache["bytes"]
+    facts = timeline.facts["expert_cache"]
+    assert facts == {key: result.expert_cache[key] for key in facts} and facts["misses"] > 0
     assert 0 <= result.expert_cache["stall_s"] <= timeline.makespan
 
 
