@@ -48,6 +48,7 @@ from hrm.catalog import model_config  # noqa: E402
 from hrm.memory import batch_footprint  # noqa: E402
 from hrm.units import format_bytes  # noqa: E402
 from simulator import simulate  # noqa: E402
+from simulator.experts.study import decode_miss_rate  # noqa: E402
 
 _SIZE = {"hidden_size": 512, "intermediate_size": 512, "num_hidden_layers": 6, "vocab_size": 2048}
 _SIZE |= {"num_attention_heads": 8, "num_key_value_heads": 8, "dtype": "bfloat16", "max_position_embeddings": 512}
@@ -170,26 +171,12 @@ def predictions(checkpoint: Checkpoint, machine: Hardware, entry: Entry, turn: d
     # Every layer has its own favourites; what counts is how uneven they are.
     met = model.with_routing(np.sort(trace.popularity(), axis=1).mean(axis=0))
     if entry.cache:
-        decode = decode_miss_rate(trace, entry)
+        slots = entry.policy.expert_slots or 1
+        decode = decode_miss_rate(trace, slots, most_tokens=entry.size, policy=entry.cache)
         found["traced"] = simulate(met, rates, entry.policy, shape, exact=True, miss_rate=decode).throughput_tok_s
     else:
         found["traced"] = simulate(met, rates, entry.policy, shape, exact=True, popular=entry.popular).throughput_tok_s
     return found
-
-
-def decode_miss_rate(trace: Any, entry: Entry) -> float:
-    """Misses per active expert after prefill, by replay of the recorded trace."""
-    from simulator.experts.cache import ExpertCache
-
-    misses = accesses = 0
-    for layer in range(trace.num_layers):
-        cache = ExpertCache(entry.cache or "", entry.policy.expert_slots or 1, trace.num_experts)
-        for number, active in enumerate(trace.active(layer=layer)):
-            seen = cache.batch(active.tolist())
-            if number:  # the first batch is prefill
-                misses += sum(not access.hit for access in seen)
-                accesses += len(seen)
-    return misses / accesses
 
 
 def summary(entry: Entry, turns: list[dict[str, Any]], predicted: list[dict[str, float]]) -> dict[str, Any]:

@@ -16,6 +16,7 @@ from hrm.memory import batch_footprint
 from hrm.rates import Rates
 from simulator import Prediction, Timeline, simulate
 from simulator.compare import compare
+from simulator.experts.study import decode_miss_rate
 
 if TYPE_CHECKING:
     from executor.checkpoint import Checkpoint
@@ -42,6 +43,8 @@ class Run:
     """Device memory in bytes."""
     taken_by_others: float
     """Share of the processor, the most of probes and run."""
+    miss_rate: float | None = None
+    """With an expert cache: of this checkpoint's routing on other prompts."""
     attempts: int = 1
 
     @property
@@ -146,9 +149,7 @@ class Runs:
         memory = batch_footprint(model, shape, case.policy, system=case.system)
         given = self._device_memory if case.name == "planned" else None
         budget = given or math.ceil(memory.gpu_bytes)
-        prompts = [
-            [(7919 * (i + 1) * (j + 3)) % model.vocab_size for j in range(n)] for i, n in enumerate(case.lengths())
-        ]
+        prompts = _prompts(case, model, 7919)
         with OtherLoad() as load:
             result = generate(
                 self._checkpoint,
@@ -170,14 +171,39 @@ class Runs:
             after=self._prober.last_passes,
             budget=budget,
             taken_by_others=max(before_load.share, load.share, after_load.share),
+            miss_rate=self._miss_rate(case),
         )
+
+    def _miss_rate(self, case: Case) -> float | None:
+        """Misses per active expert in decode, from a trace of other prompts of the same lengths."""
+        if case.expert_slots is None:
+            return None
+        from executor.generate import generate
+        from executor.recording import RouteRecorder
+
+        recorder = RouteRecorder(self._checkpoint.local)
+        generate(
+            self._checkpoint,
+            _prompts(case, self._checkpoint.model, 104729),
+            gen_len=case.gen_len,
+            policy=replace(case.policy, expert_slots=None),
+            device=self._device.type,
+            link_bandwidth=None,
+            recorder=recorder,
+        )
+        return decode_miss_rate(recorder.trace(), case.expert_slots, most_tokens=case.micro_batch_size)
+
+
+def _prompts(case: Case, model: MoEModel, factor: int) -> list[list[int]]:
+    size = model.vocab_size
+    return [[(factor * (i + 1) * (j + 3)) % size for j in range(n)] for i, n in enumerate(case.lengths())]
 
 
 def _predict(run: Run, model: MoEModel, machine: Hardware) -> tuple[dict[str, Any], Prediction]:
     case, result, measured = run.case, run.result, run.timeline
     shape = case.shape()
     rates = replace(machine.rates().with_link(case.link_bandwidth), stages_weights=not case.pinned_weights)
-    prediction = simulate(model, rates, case.policy, shape, system=case.system, exact=True)
+    prediction = simulate(model, rates, case.policy, shape, system=case.system, exact=True, miss_rate=run.miss_rate)
     op, seconds = _worst_class(prediction.timeline, measured)
     steps = case.batch_size * (case.gen_len - 1)
     row = asdict(case) | {
@@ -201,6 +227,7 @@ def _predict(run: Run, model: MoEModel, machine: Hardware) -> tuple[dict[str, An
         "cpu_taken_by_others": run.taken_by_others,
         "drift": run.drift,
         "attempts": run.attempts,
+        "miss_rate": run.miss_rate,
         "disturbed": run.disturbance > 1,
     }
     return row, prediction
@@ -208,7 +235,8 @@ def _predict(run: Run, model: MoEModel, machine: Hardware) -> tuple[dict[str, An
 
 def _limit(case: Case, model: MoEModel, rates: Rates, shape: BatchShape, measured: float) -> dict[str, Any]:
     """How near decode came to what no schedule can pass; for systems whose dense weights stay on the device."""
-    if case.system not in ("moe-lightning", "fastdecode") or case.gen_len < 2:
+    # What a cache misses depends on the routing that it meets, which the bound takes to be uniform.
+    if case.system not in ("moe-lightning", "fastdecode") or case.gen_len < 2 or case.expert_slots is not None:
         return {"bound_decode_tok_s": None, "bound_by": None, "share_of_bound": None}
     prompt = sum(shape.prompt_tokens) / case.batch_size
     bound = physical_bound(model, rates, case.policy, prompt_len=prompt, gen_len=case.gen_len, prefill=False)

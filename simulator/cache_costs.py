@@ -1,8 +1,8 @@
 """Work of a layer whose experts come through a cache on the device, task by task.
 
-Of the experts that a micro-batch is expected to touch, a share misses the cache and crosses the link. The first piece has
-those that are there, the missing ones are spread over the others as the executor does it: as evenly as possible, and one
-each where they are fewer.
+Of the experts that a micro-batch is expected to touch, a share misses the cache and crosses the link. The first piece
+has those that are there; the missing ones are spread over the others as the executor does it: as evenly as possible,
+and one each where they are fewer.
 """
 
 from __future__ import annotations

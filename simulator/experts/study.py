@@ -11,12 +11,20 @@ from weakref import WeakKeyDictionary
 import numpy as np
 
 from hrm.errors import InvalidValue
-from simulator.experts.cache import CACHE_POLICIES, DEFAULT_POLICY, cache_policy
+from simulator.experts.cache import CACHE_POLICIES, DEFAULT_POLICY, ExpertCache, cache_policy
 from simulator.experts.placement import Placement
 from simulator.experts.replay import layer_accesses, replay
 from simulator.experts.trace import RoutingTrace
 
-__all__ = ["MissRates", "expected_miss_rate", "miss_rates", "miss_rates_frame", "replay_warm_up", "uniform_miss_rate"]
+__all__ = [
+    "MissRates",
+    "decode_miss_rate",
+    "expected_miss_rate",
+    "miss_rates",
+    "miss_rates_frame",
+    "replay_warm_up",
+    "uniform_miss_rate",
+]
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -195,6 +203,30 @@ def expected_miss_rate(trace: RoutingTrace, batch: int | None, slots: int, polic
         [found] = miss_rates(trace, batches=[batch], slots=[slots], policies=[policy])
         answers[key] = found.miss_rate
     return answers[key]
+
+
+def decode_miss_rate(trace: RoutingTrace, slots: int, *, most_tokens: int, policy: str = DEFAULT_POLICY) -> float:
+    """Misses over accesses in the batches of a recorded run that have at most `most_tokens` tokens: those of decode.
+
+    Batches of prompts fill the cache and are not counted.
+
+    Raises
+    ------
+    InvalidValue
+        If the trace has no batches, or none so small.
+    """
+    sizes = np.diff(np.append(trace.starts(), trace.num_tokens))
+    misses = accesses = 0
+    for layer in range(trace.num_layers):
+        cache = ExpertCache(policy, slots, trace.num_experts)
+        for size, active in zip(sizes, trace.active(layer=layer), strict=True):
+            seen = cache.batch(active.tolist())
+            if size <= most_tokens:
+                misses += sum(not access.hit for access in seen)
+                accesses += len(seen)
+    if not accesses:
+        raise InvalidValue(f"no batch of the trace has at most {most_tokens} tokens.")
+    return misses / accesses
 
 
 def uniform_miss_rate(num_experts: int, slots: int) -> float:
