@@ -117,6 +117,8 @@ class Executor:
         check_runnable(system, policy)
         if gating is not None and policy.expert_slots is not None:
             raise InvalidValue("an expert cache computes expert by expert, dynamically; leave --gating out.")
+        if popularity is not None and policy.expert_slots is not None:
+            raise InvalidValue("an expert cache chooses by itself which experts stay; leave --popularity out.")
         if max_tokens > checkpoint.model.max_positions:
             raise InvalidValue(
                 f"the longest prompt plus gen_len is {max_tokens} tokens, and {checkpoint.model.name} has "
@@ -373,6 +375,8 @@ def generate(
             device=target,
             device_memory=device_memory,
             link_bandwidth=link_bandwidth,
+            # Neither another gate nor an order by popularity goes with one.
+            may_cache=gating is None and popularity is None,
         )
     check_runnable(system, policy)
     check_memory(

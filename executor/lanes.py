@@ -83,6 +83,10 @@ class PacedLink:
         self.bandwidth = bandwidth
         self._free_at = 0.0
 
+    def hold(self) -> None:
+        """Nothing travelled until now, whatever was waiting."""
+        self._free_at = max(self._free_at, time.perf_counter())
+
     def copy(self, target: torch.Tensor, source: torch.Tensor, ready: float = 0.0) -> None:
         """Copy between contiguous tensors of one shape.
 

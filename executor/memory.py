@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import math
 import mmap
-import weakref
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from functools import partial
 
 import torch
 
@@ -82,19 +82,29 @@ def host_tensor(shape: tuple[int, ...], dtype: torch.dtype, *, pinned: bool) -> 
         pages, tensor = mapped_tensor(shape, dtype)
         address = tensor.data_ptr()
         torch.cuda.check_error(int(torch.cuda.cudart().cudaHostRegister(address, size, 0)))
-    except RuntimeError as error:
+        pages.unlock = partial(torch.cuda.cudart().cudaHostUnregister, address)
+    except (RuntimeError, OSError) as error:
         raise DoesNotFit(
             f"{format_bytes(size)} of host memory cannot be page-locked ({str(error).splitlines()[0]}); "
             "try --staged-weights, a smaller --batch-size, or a higher limit (ulimit -l)."
         ) from None
-    # Not before the last view of it is gone: the mapping lives as long as the tensor's storage.
-    weakref.finalize(pages, torch.cuda.cudart().cudaHostUnregister, address).atexit = False
     return tensor
 
 
-def mapped_tensor(shape: tuple[int, ...], dtype: torch.dtype) -> tuple[mmap.mmap, torch.Tensor]:
+class Pages(mmap.mmap):
+    """Memory in pages of its own, which lives as long as the last view of a tensor in it."""
+
+    unlock: Callable[[], object] | None = None
+    """Called before the pages go."""
+
+    def __del__(self) -> None:
+        if self.unlock is not None:
+            self.unlock()
+
+
+def mapped_tensor(shape: tuple[int, ...], dtype: torch.dtype) -> tuple[Pages, torch.Tensor]:
     """A tensor of zeros in whole pages of its own, all of them touched, and the mapping that holds it."""
-    pages = mmap.mmap(-1, max(1, math.prod(shape) * dtype.itemsize))
+    pages = Pages(-1, max(1, math.prod(shape) * dtype.itemsize))
     if not math.prod(shape):
         return pages, torch.empty(shape, dtype=dtype)
     tensor = torch.frombuffer(pages, dtype=dtype, count=math.prod(shape)).view(shape)

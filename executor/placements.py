@@ -21,7 +21,7 @@ from hrm.system_policies import system_policy
 from hrm.systems import check_system
 from hrm.units import format_bytes
 from hrm.workload import Workload
-from simulator.experts.residency import better_residency
+from simulator.experts.residency import better_residency, cached_instead
 from simulator.schedules import check_buildable
 
 __all__ = ["PINNED_SHARE", "auto_policy", "check_memory", "check_runnable", "choose_policy"]
@@ -38,7 +38,9 @@ def check_runnable(system: str, policy: Policy | None = None) -> None:
         raise InvalidValue(f"{system!r} keeps the whole KV cache on the GPU: 'kv_on_gpu' must be 1: {policy.kv_on_gpu}")
 
 
-def choose_policy(system: str, model: MoEModel, machine: Hardware, workload: Workload, num_requests: int) -> Policy:
+def choose_policy(
+    system: str, model: MoEModel, machine: Hardware, workload: Workload, num_requests: int, *, may_cache: bool = True
+) -> Policy:
     """The policy that answers `num_requests` requests soonest by prediction; for other systems, their own rule.
 
     MoE-Lightning's planner chooses sizes, shares and places, and for few requests whether experts are cached instead
@@ -51,8 +53,13 @@ def choose_policy(system: str, model: MoEModel, machine: Hardware, workload: Wor
         If nothing fits.
     """
     if system == "moe-lightning":
-        found = plan(model, machine, workload, num_requests=num_requests)
-        return better_residency(found, max_batch_size=num_requests).policy
+        try:
+            found = plan(model, machine, workload, num_requests=num_requests)
+        except DoesNotFit as error:
+            if not may_cache:
+                raise
+            return cached_instead(error, model, machine, workload, max_batch_size=num_requests).policy
+        return better_residency(found, max_batch_size=num_requests).policy if may_cache else found.policy
     if system == "fastdecode":
         found = plan(model, machine, workload, num_requests=num_requests, attention_on_gpu=False, ffn_on_gpu=True)
         return found.policy
@@ -148,8 +155,9 @@ def auto_policy(
     device: torch.device,
     device_memory: int | None,
     link_bandwidth: float | None,
+    may_cache: bool = True,
 ) -> Policy:
-    """Ask the planner for a policy for these requests on this machine."""
+    """Ask the planner for a policy for these requests on this machine, with or without expert caches."""
     from executor.probe import probe
 
     machine = hardware or probe(checkpoint.model, device=device)
@@ -173,6 +181,6 @@ def auto_policy(
         prompt_lens=tuple(sorted(prompt_lens, reverse=True)),
     )
     try:
-        return choose_policy(system, checkpoint.model, machine, workload, len(prompt_lens))
+        return choose_policy(system, checkpoint.model, machine, workload, len(prompt_lens), may_cache=may_cache)
     except HrmError as error:
         raise type(error)(f"no policy found: {error}") from None

@@ -38,17 +38,25 @@ class RouteRecorder:
         choices = index.to("cpu").numpy().astype(self._narrow)
         self._passes.setdefault((self._segment, step, part), []).append(choices)
 
-    def save(self, path: Path) -> None:
-        """Write what was kept, if anything was."""
-        if self._passes:
-            self.trace().save(path)
+    def save(self, path: Path, *, append: bool = False) -> None:
+        """Write what was kept, if any pass was whole; with `append`, behind what the file has."""
+        if not self._whole():
+            return
+        trace = self.trace()
+        if append and path.exists():
+            trace = RoutingTrace.concatenate([RoutingTrace.load(path), trace], name=trace.name)
+        trace.save(path)
+
+    def _whole(self) -> list[list[np.ndarray]]:
+        """The passes that all layers have seen, in the order in which they ran."""
+        return [layers for _, layers in sorted(self._passes.items()) if len(layers) == len(self._layers)]
 
     def trace(self) -> RoutingTrace:
         """What was kept: one batch per micro-batch and pass, in the order in which they ran.
 
         Requests that have ended, whose places wait for the segment's end, are among the tokens: experts compute them.
         """
-        whole = [layers for _, layers in sorted(self._passes.items()) if len(layers) == len(self._layers)]
+        whole = self._whole()
         if not whole:
             raise InvalidValue("nothing was routed: there is no trace to write.")
         sizes = [len(layers[0]) for layers in whole]

@@ -132,7 +132,9 @@ class Transfers:
             return
         if piece == 0:
             self._land()  # the choices
-            cache.visit(step, layer, part, places.host_ffn(step, layer, part).index[:n])
+            index = places.host_ffn(step, layer, part).index[:n, : ffn.top_k]
+            cache.visit(step, layer, part, index)
+            self._up.hold()
         moved = cache.bring(
             step, layer, part, piece, lambda target, source: self._copy(self._up, target, source, ready)
         )

@@ -25,7 +25,7 @@ from experiments.output import emit
 from experiments.planning import plan_command, roofline_command, simulate_command, sweep_command
 from experiments.reproducing import reproduce_command
 from experiments.running import make_checkpoint_command, probe_command
-from hrm.errors import HrmError
+from hrm.errors import DoesNotFit, HrmError
 
 __all__ = ["cli", "main"]
 
@@ -68,6 +68,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             sys.stderr.flush()
             os._exit(_INTERRUPTED)
         return _INTERRUPTED
+    except MemoryError:
+        return _fail("this takes more memory than there is; give smaller sizes.", DoesNotFit.exit_code)
     except BrokenPipeError:
         # Whoever read our output has gone; nothing that is still buffered may be written at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

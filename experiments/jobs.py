@@ -190,6 +190,7 @@ def run_command(
                 device=target,
                 device_memory=device_memory,
                 link_bandwidth=link_bandwidth,
+                may_cache=gating is None and shares is None,
             )
         gen_lens = [r.gen_len for r in waiting]
         bar = stack.enter_context(progress_bar(sum(gen_lens), "run", " tokens", bar_format=_BAR))
@@ -204,7 +205,7 @@ def run_command(
         recorder = RouteRecorder(opened.local) if record_routing else None
         if recorder is not None and record_routing is not None:
             # What was routed until an interrupt is worth keeping.
-            stack.callback(recorder.save, record_routing)
+            stack.callback(recorder.save, record_routing, append=resume)
 
         def keep(answers: list[Answer]) -> None:
             if results is not None:

@@ -14,7 +14,7 @@ import click
 from hrm import Hardware, MoEModel, Plan, Policy, Workload, evaluate, plan
 from hrm.batching import batch_of
 from hrm.catalog import load_hardware, load_model
-from hrm.errors import HrmError, InvalidConfig, InvalidValue
+from hrm.errors import DoesNotFit, HrmError, InvalidConfig, InvalidValue
 from hrm.hardware import Quantity
 from hrm.model import DTYPE_BYTES
 from hrm.sweep import MAX_JOBS
@@ -22,7 +22,7 @@ from hrm.system_policies import system_policy
 from hrm.systems import System, check_system
 from hrm.units import MAX_SIZE, brief, parse_bandwidth, parse_bytes
 from simulator import Prediction, simulate
-from simulator.experts.residency import better_residency, evaluate_cached, simulated_estimate
+from simulator.experts.residency import better_residency, cached_instead, evaluate_cached, simulated_estimate
 from simulator.schedules import check_buildable
 
 __all__ = [
@@ -354,20 +354,24 @@ def make_plan(
         )
     if simulated:
         places = _defaults(traits, places)
-    found = plan(
-        the_model,
-        machine,
-        requests,
-        efficiency=efficiency,
-        objective=objective or "throughput",
-        solver=solver,
-        max_batch_size=max_batch_size,
-        **places,
-    )
-    if simulated or objective == "paper" or max_batch_size is None or places.get("ffn_on_gpu") is False:
-        return found
-    where = places.get("attention_on_gpu")
-    return better_residency(found, max_batch_size=max_batch_size, attention_on_gpu=where, efficiency=efficiency)
+    streams_only = simulated or objective == "paper" or max_batch_size is None or places.get("ffn_on_gpu") is False
+    cache = {"attention_on_gpu": places.get("attention_on_gpu"), "efficiency": efficiency}
+    try:
+        found = plan(
+            the_model,
+            machine,
+            requests,
+            efficiency=efficiency,
+            objective=objective or "throughput",
+            solver=solver,
+            max_batch_size=max_batch_size,
+            **places,
+        )
+    except DoesNotFit as error:
+        if streams_only or max_batch_size is None:
+            raise
+        return cached_instead(error, the_model, machine, requests, max_batch_size=max_batch_size, **cache)
+    return found if streams_only else better_residency(found, max_batch_size=max_batch_size, **cache)
 
 
 def simulated_plan(found: Plan, system: str) -> Plan:

@@ -62,6 +62,7 @@ def physical_bound(
     gen_len: int,
     num_gpus: int = 1,
     prefill: bool = True,
+    miss_rate: float | None = None,
 ) -> Bound:
     """Tokens/s that no schedule with these sizes, shares and places can pass.
 
@@ -76,15 +77,20 @@ def physical_bound(
         Mean prompt length, tokens.
     prefill : bool
         Count prefill; else decode alone.
+    miss_rate : float, optional
+        With an expert cache, misses per active expert in decode; by default the fewest that uniform routing allows,
+        1 - K/E. Routing that prefers some experts, or those of the last step, can pass that bound.
 
     Returns
     -------
     Bound
     """
     n, r_w, r_c = policy.batch_size, policy.weights_on_gpu, policy.kv_on_gpu
+    cached = 0.0
     if policy.expert_slots is not None:
-        # With uniform routing an expert is in the cache with probability K/E, whatever makes room for what.
-        r_w = min(1.0, policy.expert_slots / model.num_experts)
+        # Under uniform routing nobody who cannot see beyond the batch keeps more of its experts than K/E.
+        cached = min(1.0, policy.expert_slots / model.num_experts)
+        r_w, cached = cached, cached if miss_rate is None else 1.0 - miss_rate
     steps = decode_steps(model, gen_len)
     first, last = contexts(model, prompt_len, gen_len)
     prompt = n * prompt_len
@@ -120,7 +126,7 @@ def physical_bound(
         gpu_weights += visits * (on_gpu * active + (layer.dense_parameters - once) * model.dense_element_bytes)
         cpu_weights += visits * (1 - on_gpu) * active
         if policy.ffn_on_gpu:
-            link_up += visits * (1 - r_w) * active
+            link_up += visits * (1 - (r_w if policy.expert_slots is None else cached)) * active
         dense += visits * n * 2 * (ffn.shared_parameters + own.projection_parameters)
         seen = _mean_seen(own, first, last)
         kv = n * seen * model.kind_kv_token_bytes(kind)

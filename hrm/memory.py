@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from hrm.affine import KV_ON_GPU, KV_STREAMED, WEIGHTS_ON_GPU, WEIGHTS_STREAMED, Affine
-from hrm.errors import DoesNotFit
+from hrm.errors import DoesNotFit, InvalidValue
 from hrm.hardware import Hardware
 from hrm.model import MoEModel
 from hrm.operators import kv_shards
@@ -171,6 +171,8 @@ def footprint(
 
 def _add_cache(model: MoEModel, slots: int, rows: Any, num_gpus: int, gpu: dict[str, Any], cpu: dict[str, Any]) -> None:
     """Replace what streams as pages by what a cache of whole experts takes, in place."""
+    if not any(layer.ffn.routed for layer in model.kinds):
+        raise InvalidValue(f"{model.name} has no routed experts; leave --expert-slots out.")
     kept = host = largest = 0.0
     for kind in model.order:
         ffn = model.kinds[kind].ffn

@@ -40,8 +40,9 @@ class ExpertCaching:
     def misses(self, ffn: FeedForward, prompt: bool, part: np.ndarray) -> Any:
         """Misses per active expert of each micro-batch.
 
-        With uniform routing an active expert is in the cache with probability K/E, whatever was kept: what leaves
-        first decides which experts stay, and all are alike. The first micro-batch of all finds an empty cache.
+        Under uniform routing an active expert is in the cache with probability K/E if nothing leaves that the
+        micro-batch still needs; no policy without foresight does better, some (LRU, FIFO) do worse. The first
+        micro-batch of all finds an empty cache.
         """
         uniform = max(0.0, 1 - self.slots / ffn.num_experts)
         if prompt:

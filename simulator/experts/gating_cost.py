@@ -280,7 +280,7 @@ class _Layer:
         rows = busiest * chosen
         active = max(1.0, active_share * self.local_experts)
         # The busiest GPU has no fewer rows than experts that it runs.
-        active = min(active, max(1.0, rows * self.cluster.devices))
+        active = min(active, max(1.0, rows))
         exchange = self.exchange(chosen, busiest)
         seconds = {
             "gate": self.gate(),

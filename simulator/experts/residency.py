@@ -28,7 +28,14 @@ from hrm.workload import Workload
 from simulator.simulate import Prediction, simulate
 from simulator.task import Lane
 
-__all__ = ["MissRate", "better_residency", "evaluate_cached", "plan_cached", "simulated_estimate"]
+__all__ = [
+    "MissRate",
+    "better_residency",
+    "cached_instead",
+    "evaluate_cached",
+    "plan_cached",
+    "simulated_estimate",
+]
 
 MissRate = Callable[[int, int], float]
 """Misses per active expert, of a batch of so many tokens with so many slots."""
@@ -105,6 +112,7 @@ def evaluate_cached(
             prompt_len=float(prompt_tokens(workload, policy.batch_size)) / policy.batch_size,
             gen_len=workload.gen_len,
             num_gpus=hardware.num_gpus,
+            miss_rate=miss_rate,
         ),
         rate_set=rates.provenance,
         evaluated=1,
@@ -169,7 +177,8 @@ def better_residency(streaming: Plan, *, max_batch_size: int | None, **options: 
     """
     model, policy = streaming.model, streaming.policy
     size = policy.batch_size if max_batch_size is None else min(max_batch_size, policy.batch_size)
-    if not _is_sparse(model, size):
+    # Schedules know decoders only.
+    if model.encoder_order or not _is_sparse(model, size):
         return streaming
     rates = streaming.hardware.rates(options.get("efficiency"))
     batch = batch_of(streaming.workload, policy)
@@ -179,6 +188,24 @@ def better_residency(streaming: Plan, *, max_batch_size: int | None, **options: 
     except DoesNotFit:
         return streaming
     return cached if cached.estimate.throughput > played.throughput_tok_s else streaming
+
+
+def cached_instead(error: DoesNotFit, model: MoEModel, hardware: Hardware, workload: Workload, **options: Any) -> Plan:
+    """A plan with an expert cache where none that streams fits: a cache needs no room for two layers of weights.
+
+    Parameters
+    ----------
+    error : DoesNotFit
+        What the search for a streaming policy said; raised again if no cache fits either.
+    **options
+        As those of `plan_cached`.
+    """
+    if model.encoder_order:
+        raise error
+    try:
+        return plan_cached(model, hardware, workload, **options)
+    except DoesNotFit:
+        raise error from None
 
 
 def _is_sparse(model: MoEModel, tokens: int) -> bool:

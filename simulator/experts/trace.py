@@ -296,8 +296,12 @@ class RoutingTrace:
                 experts, starts = columns["experts"].transpose(2, 0, 1), columns["batch_starts"]
             if about["format"] != _FORMAT:
                 raise ValueError(f"format {about['format']!r}, expected {_FORMAT!r}")
-            num_experts, layers, name = int(about["num_experts"]), tuple(about["layers"]), str(about["name"])
-        except (OSError, ValueError, KeyError, EOFError, TypeError) as error:
+            num_experts, layers, name = (
+                int(about["num_experts"]),
+                tuple(int(n) for n in list(about["layers"])),
+                str(about["name"]),
+            )
+        except (OSError, ValueError, KeyError, EOFError, TypeError, OverflowError) as error:
             raise InvalidConfig(f"{str(path)!r} is not a whole routing trace: {error}.") from None
         except Exception as error:  # zipfile and zlib have errors of their own
             raise InvalidConfig(f"{str(path)!r} is damaged: {error}.") from None

@@ -196,3 +196,25 @@ def test_a_trace_is_saved_with_its_batches(tiny: Checkpoint, tmp_path: Path) -> 
     assert trace.batch_starts is not None and len(trace.batch_starts) == 2 + 2 * 2
     loaded = RoutingTrace.load(trace.save(tmp_path / "routes.npz"))
     assert (loaded.experts == trace.experts).all() and loaded.layers == trace.layers
+
+
+def test_an_interrupted_recording_is_gone_on_with(tiny: Checkpoint, tmp_path: Path) -> None:
+    """Nothing routed writes nothing; a second run's trace goes behind the first one's."""
+    file = tmp_path / "routes.npz"
+    RouteRecorder(tiny.local).save(file)
+    assert not file.exists()
+    for append in (False, True):
+        recorder = RouteRecorder(tiny.local)
+        policy = Policy(batch_size=1, micro_batch_size=1)
+        generate(tiny, [[1, 2, 3]], gen_len=2, policy=policy, device="cpu", link_bandwidth=None, recorder=recorder)
+        recorder.save(file, append=append)
+    trace = RoutingTrace.load(file)
+    assert trace.num_tokens == 8 and trace.starts().tolist() == [0, 3, 4, 7]
+
+
+def test_popularity_and_slots_are_not_mixed(tiny: Checkpoint) -> None:
+    """A cache chooses by itself what stays."""
+    policy = Policy(batch_size=1, micro_batch_size=1, expert_slots=2)
+    share = np.full((tiny.model.num_layers, tiny.model.num_experts), 1 / tiny.model.num_experts)
+    with pytest.raises(InvalidValue, match="--popularity"):
+        generate(tiny, [[1, 2]], gen_len=2, policy=policy, device="cpu", popularity=share)

@@ -174,3 +174,38 @@ def test_requests_that_end_leave_their_pieces_empty(qwen: MoEModel, machine: Har
     full, part = (simulate(qwen, machine.rates(), policy, shape) for shape in (whole, short))
     assert part.decode_s < 0.8 * full.decode_s
     assert np.isfinite(part.throughput_tok_s)
+
+
+def test_a_cache_is_planned_where_no_stream_fits(qwen: MoEModel, machine: Hardware) -> None:
+    """Where two layers of weights do not fit, a cache does; where neither fits, the first error stands."""
+    from hrm import plan
+    from hrm.errors import DoesNotFit
+    from simulator.experts.residency import cached_instead
+
+    workload = Workload.parse("32,8")
+    full = plan_cached(qwen, machine, workload, max_batch_size=1)
+    bare = evaluate_cached(qwen, machine, workload, Policy(batch_size=1, micro_batch_size=1, expert_slots=1))
+    tight = machine.with_capacity(gpu_bytes=int(bare.memory.gpu_bytes / 0.92) + 2**20)
+    with pytest.raises(DoesNotFit) as error:
+        plan(qwen, tight, workload, max_batch_size=1)
+    found = cached_instead(error.value, qwen, tight, workload, max_batch_size=1)
+    assert found.policy.expert_slots == 1 < (full.policy.expert_slots or 0)
+    with pytest.raises(DoesNotFit) as again:
+        cached_instead(error.value, qwen, machine.with_capacity(gpu_bytes=2**20), workload, max_batch_size=1)
+    assert again.value is error.value
+
+
+def test_encoder_decoder_models_stream() -> None:
+    """Schedules know decoders only, so that no cache is looked at for others."""
+    from hrm import plan
+
+    model = MoEModel.from_catalog("nllb-moe-54b")
+    found = plan(model, Hardware.from_catalog("v100-node-8x"), Workload.parse("32,16"), max_batch_size=4)
+    assert better_residency(found, max_batch_size=4) is found
+
+
+def test_a_dense_model_has_no_experts_to_cache(machine: Hardware) -> None:
+    """One line for slots of a model without routed experts."""
+    policy = Policy(batch_size=1, micro_batch_size=1, expert_slots=4)
+    with pytest.raises(InvalidValue, match="no routed experts"):
+        evaluate_cached(MoEModel.from_catalog("opt-6.7b"), machine, Workload.parse("32,8"), policy)
