@@ -10,7 +10,7 @@ import torch.nn.functional as F
 
 from hrm.pipeline import FFN_CHUNK_ROWS
 
-__all__ = ["ExpertWeights", "add_expert", "causal_attention", "moe_ffn"]
+__all__ = ["ExpertWeights", "add_expert", "causal_attention", "moe_ffn", "run_expert"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,7 +70,7 @@ def moe_ffn(
         for first in range(0, x.shape[0] if expert else 0, FFN_CHUNK_ROWS):
             assert expert is not None
             chunk = slice(first, first + FFN_CHUNK_ROWS)
-            out[chunk] = _expert(x[chunk], expert, activation)
+            out[chunk] = run_expert(x[chunk], expert, activation)
         return out
     top_k = expert_index.shape[-1]
     flat = expert_index.reshape(-1)
@@ -98,11 +98,14 @@ def add_expert(
     """Add to `out`, [tokens, H], what one expert makes of rows `token` of `x`, times their `weight`."""
     for first in range(0, len(token), FFN_CHUNK_ROWS):
         rows = token[first : first + FFN_CHUNK_ROWS]
-        y = _expert(x[rows], expert, activation)
+        y = run_expert(x[rows], expert, activation)
         out.index_add_(0, rows, y.mul_(weight[first : first + FFN_CHUNK_ROWS, None].to(y.dtype)))
 
 
-def _expert(x: torch.Tensor, expert: ExpertWeights, activation: Callable[[torch.Tensor], torch.Tensor]) -> torch.Tensor:
+def run_expert(
+    x: torch.Tensor, expert: ExpertWeights, activation: Callable[[torch.Tensor], torch.Tensor]
+) -> torch.Tensor:
+    """One expert on rows ``[n, H]``."""
     hidden = activation(_linear(x, expert.gate_up, expert.gate_up_bias))
     return _linear(hidden, expert.down, expert.down_bias)
 

@@ -6,10 +6,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 
 from executor.gating.base import Gating, GatingStats
-from executor.kernels import ExpertWeights, moe_ffn
+from executor.kernels import ExpertWeights, moe_ffn, run_expert
 from hrm.pipeline import FFN_CHUNK_ROWS
 
 __all__ = ["Activation", "ExpertLoop", "ExpertStack", "gated_ffn"]
@@ -30,7 +29,7 @@ class ExpertLoop:
         start = 0
         for expert, count in zip(self.experts, counts, strict=True):
             for chunk in rows[start : start + count].split(FFN_CHUNK_ROWS) if count else ():
-                chunk.copy_(_expert(chunk, expert, self.activation))
+                chunk.copy_(run_expert(chunk, expert, self.activation))
             start += count
         return rows
 
@@ -116,15 +115,3 @@ def gated_ffn(
         expert_index = number[expert_index]
     here_only = [expert for expert in experts if expert is not None]
     return gating(x, expert_index, expert_weight, ExpertLoop(here_only, activation), len(present))
-
-
-def _expert(x: torch.Tensor, expert: ExpertWeights, activation: Activation) -> torch.Tensor:
-    hidden = activation(_linear(x, expert.gate_up, expert.gate_up_bias))
-    return _linear(hidden, expert.down, expert.down_bias)
-
-
-def _linear(x: torch.Tensor, blocks: Sequence[torch.Tensor], bias: torch.Tensor | None) -> torch.Tensor:
-    if len(blocks) == 1:
-        return F.linear(x, blocks[0], bias)
-    y = torch.cat([F.linear(x, block) for block in blocks], dim=-1)
-    return y if bias is None else y.add_(bias)
