@@ -6,6 +6,7 @@ import statistics
 import threading
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from functools import partial
 from typing import Any, NamedTuple
@@ -19,7 +20,7 @@ from executor.cpu_attention import decode_attention
 from executor.device_attention import device_attention
 from executor.grouped_experts import grouped_ffn, has_grouped_mm
 from executor.kernels import ExpertWeights, causal_attention, moe_ffn
-from executor.lanes import PacedLink, lane_threads, run_lanes, yield_to_copies
+from executor.lanes import PacedLink, lane_cores, lane_threads, run_lanes, settle
 from executor.machine import machine_facts, ram_bytes
 from executor.weight_layout import LayerWeights
 from hrm.errors import DoesNotFit
@@ -55,7 +56,7 @@ class Crowd(NamedTuple):
 
     task_s: float
     cores: Curve
-    copy_traffic: float
+    memory_traffic: float
 
 
 class Bench:
@@ -65,6 +66,7 @@ class Bench:
         self.model, self.device = model, device
         self.cuda = device.type == "cuda"
         self.threads = lane_threads(cuda=self.cuda)
+        self.apart = not self.cuda and bool(lane_cores()[Lane.GPU])
         self.dtype = TORCH_DTYPES[model.dtype]
         self.generator = torch.Generator().manual_seed(0)
         # As many experts of the model's shape as overflow the caches stand for all of them.
@@ -122,30 +124,25 @@ class Bench:
                 break
         return statistics.median(samples)
 
-    def together(self, calls: list[Call], seconds: float) -> list[float]:
-        """Calls per second of each when all run at once, on lanes GPU, CPU and copies, in this order."""
-        counts = [0] * len(calls)
-        spent = [1.0] * len(calls)
+    def together(self, calls: dict[Lane, Call], seconds: float) -> list[float]:
+        """Calls per second of each when all run at once, every one as its lane would run it."""
+        counts, spent = [0] * len(calls), [1.0] * len(calls)
         stop = threading.Event()
         gate = threading.Barrier(len(calls) + 1)
-        # Copies come last and have the link's lanes.
-        compute = len(calls) - 2 if len(calls) > 2 else len(calls)
-        lanes = [*(Lane.GPU, Lane.CPU)[:compute], Lane.H2D, Lane.D2H]
 
-        def loop(index: int) -> None:
-            if not self.cuda:
-                yield_to_copies(lanes[index])
+        def loop(index: int, lane: Lane, call: Call) -> None:
+            settle(lane, cuda=self.cuda)
             with torch.inference_mode():
-                calls[index]()
+                call()
                 gate.wait()  # as in `run_lanes`: every thread has called torch before any sets its count
-                torch.set_num_threads(self.threads[lanes[index]])
+                torch.set_num_threads(self.threads[lane])
                 begin = time.perf_counter()
                 while not stop.is_set():
-                    calls[index]()
+                    call()
                     counts[index] += 1
                 spent[index] = time.perf_counter() - begin
 
-        workers = [threading.Thread(target=loop, args=(i,)) for i in range(len(calls))]
+        workers = [threading.Thread(target=loop, args=(i, *item)) for i, item in enumerate(calls.items())]
         for worker in workers:
             worker.start()
         gate.wait()
@@ -334,40 +331,74 @@ class Bench:
             call()
 
     def one_pass(self) -> dict[Key, float]:
-        """Seconds of every call, alone."""
-        torch.get_num_threads()
-        torch.set_num_threads(self.threads[Lane.GPU])
-        alone = {key: self.seconds(call) for key, call in self.calls.items()}
-        for key, call in self.host_calls.items():
-            torch.set_num_threads(self.threads[Lane.PIN if key[0] in ("staging", "transfer") else Lane.CPU])
-            alone[key] = self.seconds(call, on_device=False)
+        """Seconds of every call, alone, each where its lane runs."""
+        alone: dict[Key, float] = {}
+
+        def kernels() -> None:
+            alone.update((key, self.seconds(call)) for key, call in self.calls.items())
+
+        def host() -> None:
+            for key, call in self.host_calls.items():
+                torch.set_num_threads(self.threads[Lane.PIN if key[0] in ("staging", "transfer") else Lane.CPU])
+                alone[key] = self.seconds(call, on_device=False)
+
+        self._as_lane(Lane.GPU, kernels)
+        self._as_lane(Lane.CPU, host)
         return alone
 
+    def _as_lane(self, lane: Lane, work: Call) -> None:
+        """Run in a thread that has the lane's cores."""
+
+        def run() -> None:
+            settle(lane, cuda=self.cuda)
+            with torch.inference_mode():
+                torch.get_num_threads()
+                torch.set_num_threads(self.threads[lane])
+                work()
+
+        with ThreadPoolExecutor(1) as pool:
+            pool.submit(run).result()
+
     def crowd(self) -> list[tuple[float, float]]:
-        """(Lanes' worth of work wanted, done): a compute lane beside copies, and all lanes at once."""
-        tokens = max(1, 4 * self.experts // self.model.top_k)
-        compute = [self.expert_call(tokens), self.attention_call(16, 128)]
-        copy_alone = self.together([self.copy_call(self.host[0], self.host[1])], 0.2)[0]
-        copies = self.two_copies(_COPY_SHARE * copy_alone * _PIECE)
-        ffn, attention = (self.together([call], 0.3)[0] for call in compute)
-        beside = self.together([compute[0], *copies], 0.6)
-        crowd = self.together([*compute, *copies], 0.8)
-        some = beside[0] / ffn + sum(beside[1:]) / copy_alone
-        everything = crowd[0] / ffn + crowd[1] / attention + sum(crowd[2:]) / copy_alone
-        return [(1 + 2 * _COPY_SHARE, some), (2 + 2 * _COPY_SHARE, everything)]
+        """(Lanes' worth of work wanted, done) where lanes share cores: attention beside two copies, paced and not.
 
-    def copy_pair(self) -> float:
-        """Bytes/s of memory traffic, read and written, of two copies at once."""
-        return 2 * _PIECE * sum(self.together(self.two_copies(None), 0.6))
+        Where the GPU lane has no cores of its own, its kernels are beside them too.
+        """
+        attention = {Lane.CPU: self.attention_call(16, 128)}
+        if not self.apart:
+            attention[Lane.GPU] = self.expert_call(max(1, 4 * self.experts // self.model.top_k))
+        copy_alone = self.together({Lane.H2D: self.copy_call(self.host[0], self.host[1])}, 0.2)[0]
+        alone = [self.together({lane: call}, 0.3)[0] for lane, call in attention.items()]
+        alone += [copy_alone, copy_alone]
+        points = []
+        for share in (_COPY_SHARE, 1.0):
+            copies = self.two_copies(share * copy_alone * _PIECE if share < 1 else None)
+            rates = self.together(attention | copies, 0.6)
+            done = sum(rate / single for rate, single in zip(rates, alone, strict=True))
+            points.append((len(attention) + 2 * share, done))
+        return points
 
-    def two_copies(self, pace: float | None) -> list[Call]:
+    def memory_traffic(self) -> float:
+        """Bytes/s of host memory, read and written, when a pipeline's lanes use it at once.
+
+        Without a GPU: an expert kernel that reads its weights for few tokens beside two copies. With one: two copies.
+        """
+        copies = self.two_copies(None)
+        if self.cuda:
+            return 2 * _PIECE * sum(self.together(copies, 0.5))
+        tokens = max(1, 2 * self.experts // self.model.top_k)
+        active = self.experts * (1 - (1 - self.model.top_k / self.experts) ** tokens)
+        kernel, *copied = self.together({Lane.GPU: self.expert_call(tokens), **copies}, 0.5)
+        return kernel * active * self.model.expert_bytes + 2 * _PIECE * sum(copied)
+
+    def two_copies(self, pace: float | None) -> dict[Lane, Call]:
         """Copies between different halves of the host buffers."""
         half = _COLD_BYTES // 2
         source, target = self.host
-        return [
-            self.copy_call(source[:half], target[:half], pace),
-            self.copy_call(source[half:], target[half:], pace),
-        ]
+        return {
+            Lane.H2D: self.copy_call(source[:half], target[:half], pace),
+            Lane.D2H: self.copy_call(source[half:], target[half:], pace),
+        }
 
     def rates(self, spent: dict[Key, float], crowd: Crowd) -> tuple[Rates, float]:
         """Rates from seconds per call, and the bandwidth at which the device reads its memory."""
@@ -410,10 +441,11 @@ class Bench:
             d2h_bandwidth=_PIECE / spent["d2h", 0] if self.cuda else copy,
             transfer_s=spent["transfer", 0],
             staging_bandwidth=copy,
-            dram_bandwidth=max(crowd.copy_traffic, attention.peak),
+            dram_bandwidth=max(crowd.memory_traffic, attention.peak),
             copy_bandwidth=None if self.cuda else copy,
             task_s=max(0.0, crowd.task_s),
             cores=None if self.cuda else crowd.cores,
+            gpu_on_own_cores=self.apart,
         )
         return rates, read
 

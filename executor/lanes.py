@@ -22,7 +22,7 @@ from executor.machine import core_count
 from hrm.errors import InvalidValue
 from simulator.task import LANES, OPS, Lane, Op, Schedule
 
-__all__ = ["Handler", "PacedLink", "lane_threads", "pin_to_cores", "run_lanes", "yield_to_copies"]
+__all__ = ["Handler", "PacedLink", "lane_cores", "lane_threads", "run_lanes", "settle"]
 
 Handler = Callable[[int, int, int, float], None]
 """Runs a task: (step, layer, part, moment at which its dependencies were met)."""
@@ -45,29 +45,34 @@ def lane_threads(*, cuda: bool = False) -> dict[Lane, int]:
     return {Lane.GPU: half, Lane.CPU: half, Lane.H2D: 1, Lane.D2H: 1, Lane.PIN: 1}
 
 
-def yield_to_copies(lane: Lane) -> None:
-    """Let the calling thread stand back behind the link's threads.
+def lane_cores(*, cuda: bool = False) -> dict[Lane, list[int]]:
+    """Cores of each lane's threads; empty where they are too few to be shared out, or cannot be.
 
-    Without a GPU, the threads that copy stand for copy engines, which never wait for a core.
+    With a GPU, host kernels and staging copies stay off the cores from which work is launched. Without one, half the
+    cores stand for the GPU and compute nothing else, as a GPU would; the host's lanes share the other half.
     """
-    if lane in (Lane.GPU, Lane.CPU, Lane.PIN):
+    cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_setaffinity") else []
+    if len(cores) < (_FEWEST_CORES_TO_PIN if cuda else 2):
+        return {lane: [] for lane in LANES}
+    first = _LAUNCH_CORES if cuda else len(cores) // 2
+    device = _GPU_LANES if cuda else (Lane.GPU,)
+    return {lane: cores[:first] if lane in device else cores[first:] for lane in LANES}
+
+
+def settle(lane: Lane, *, cuda: bool = False) -> None:
+    """Put the calling thread where its lane runs; threads that it starts later, those of its kernels, follow it.
+
+    Without a GPU, the threads that copy stand for copy engines, which never wait for a core: the others stand back.
+    """
+    cores = lane_cores(cuda=cuda)[lane]
+    if cores:
+        with contextlib.suppress(OSError):
+            os.sched_setaffinity(threading.get_native_id(), cores)
+    if not cuda and lane in (Lane.GPU, Lane.CPU, Lane.PIN):
         # Threads that are refused a lower priority (no such call on this system) run as they are.
         with contextlib.suppress(OSError, AttributeError):
             nice = os.getpriority(os.PRIO_PROCESS, 0) + _COMPUTE_NICENESS
             os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), min(19, nice))
-
-
-def pin_to_cores(lane: Lane) -> None:
-    """With a GPU, keep host kernels and staging copies off the cores from which work is launched.
-
-    Threads that the calling thread starts later, those of its kernels, stay where it is.
-    """
-    cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []
-    if len(cores) < _FEWEST_CORES_TO_PIN:
-        return
-    mine = cores[:_LAUNCH_CORES] if lane in _GPU_LANES else cores[_LAUNCH_CORES:]
-    with contextlib.suppress(OSError):
-        os.sched_setaffinity(threading.get_native_id(), mine)
 
 
 class PacedLink:
@@ -227,10 +232,7 @@ def run_lanes(
         try:
             if cuda:
                 torch.cuda.set_device(device)
-            if cuda:
-                pin_to_cores(lane)
-            else:
-                yield_to_copies(lane)
+            settle(lane, cuda=cuda)
             # The first torch call of a thread takes over the count that any thread set last; after the
             # gate every lane has made it, and each one's own count holds.
             torch.get_num_threads()

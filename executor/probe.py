@@ -108,8 +108,9 @@ class Prober:
             done = [(1.0, 1.0)]
             for points in zip(*crowds, strict=True):
                 wanted = points[0][0]
-                done.append((wanted, max(1.0, statistics.median(value for _, value in points))))
-            self._crowd = Crowd(task_s, Curve(tuple(done)), self._bench.copy_pair())
+                done.append((wanted, statistics.median(value for _, value in points)))
+            traffic = statistics.median(self._bench.memory_traffic() for _ in range(3))
+            self._crowd = Crowd(task_s, Curve(tuple(done)), traffic)
         self._share = load.share
         return self._describe(self._passes)
 

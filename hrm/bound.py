@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from hrm.errors import InvalidValue
 from hrm.hardware import Hardware, Rates
 from hrm.latency import contexts, decode_steps
 from hrm.layers import Attention
@@ -84,6 +85,11 @@ def physical_bound(
     Returns
     -------
     Bound
+
+    Raises
+    ------
+    InvalidValue
+        If there is nothing to do: neither prefill nor a decode step.
     """
     n, r_w, r_c = policy.batch_size, policy.weights_on_gpu, policy.kv_on_gpu
     cached = 0.0
@@ -92,6 +98,8 @@ def physical_bound(
         cached = min(1.0, policy.expert_slots / model.num_experts)
         r_w, cached = cached, cached if miss_rate is None else 1.0 - miss_rate
     steps = decode_steps(model, gen_len)
+    if not prefill and not steps:
+        raise InvalidValue("one token needs no decode step, so that decode alone has no bound; count prefill.")
     first, last = contexts(model, prompt_len, gen_len)
     prompt = n * prompt_len
     encodes = bool(model.encoder_order)
@@ -170,7 +178,8 @@ def physical_bound(
     if rates.cpu_attention_flops is not None:
         seconds["CPU"] += cpu_attention / rates.cpu_attention_flops
     if rates.cores is not None:
-        busy = gpu + cpu_kv / rates.cpu_attention.peak + cpu_experts / rates.cpu_experts.peak
+        busy = cpu_kv / rates.cpu_attention.peak + cpu_experts / rates.cpu_experts.peak
+        busy += 0.0 if rates.gpu_on_own_cores else gpu
         seconds["CPU cores"] = busy / rates.cores.peak
     return Bound(tok_s=n * gen_len / max(seconds.values()), policy=policy, seconds=seconds)
 

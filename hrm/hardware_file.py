@@ -59,6 +59,7 @@ _SCALARS: dict[str, Callable[[Any], float]] = {
     "gpu_capacity": parse_bytes,
     "cpu_capacity": parse_bytes,
 }
+_FLAGS = ("gpu_on_own_cores",)
 
 
 _EXAMPLES = {parse_bytes: "24 GB", parse_bandwidth: "300 GB/s", parse_flops: "65 TFLOP/s", parse_seconds: "10 us"}
@@ -246,7 +247,7 @@ def _quantity(entry: Any, parse: Callable[[Any], float], where: str, units: bool
 
 def _rates(entry: Mapping[str, Any], name: str, spec: Rates, where: str, units: bool) -> Rates:
     """Rates of a file; what a set does not state is taken from the data sheet."""
-    _only_keys(entry, {"source", "systems", *_CURVES, *_SCALARS}, where)
+    _only_keys(entry, {"source", "systems", *_CURVES, *_SCALARS, *_FLAGS}, where)
     values: dict[str, Any] = {"provenance": name, "source": _text(entry, "source", where)}
     values |= _rate_values({key: raw for key, raw in entry.items() if key not in ("source", "systems")}, where, units)
     if "systems" in entry:
@@ -264,7 +265,11 @@ def _rate_values(entry: Mapping[str, Any], where: str, units: bool) -> dict[str,
     values: dict[str, Any] = {}
     for key, raw in entry.items():
         try:
-            if key in _SCALARS:
+            if key in _FLAGS:
+                if not isinstance(raw, bool):
+                    raise InvalidValue(f"must be true or false: {brief(raw)}")
+                values[key] = raw
+            elif key in _SCALARS:
                 # A measured overhead can round to zero, which the parsers of sizes refuse.
                 zero = raw == 0 and not isinstance(raw, bool) and key.endswith("_s")
                 values[key] = 0.0 if zero else float(_parsed(raw, _SCALARS[key], units))

@@ -121,7 +121,7 @@ class Rates:
     kv_staging_bandwidth: float | None = None
     """Bytes/s of that copy for the KV cache, where it is another; None: `staging_bandwidth`."""
     dram_bandwidth: float
-    """Bytes/s that all users of CPU memory share."""
+    """Bytes/s that all users of CPU memory share, as a mix of them attains it."""
     copy_bandwidth: float | None = None
     """Bytes/s of a copy on one core, where copies are made by a core (no GPU)."""
     task_s: float = 0.0
@@ -138,6 +138,8 @@ class Rates:
     """Bytes of host memory, likewise."""
     cores: Curve | None = None
     """Lanes' worth of work done at once, by lanes' worth wanted, where lanes share cores; None with a GPU."""
+    gpu_on_own_cores: bool = False
+    """Whether the GPU lane is not among these lanes, where cores stand for the GPU."""
     systems: Mapping[str, Mapping[str, float | Curve]] = field(default_factory=dict)
     """Rates that a system's own kernels attain, where they are not those of MoE-Lightning, by its name."""
 

@@ -199,7 +199,3 @@ class TaskTimes:
         """Weights of the experts that `tokens` tokens activate."""
         ffn = (layer or self.model.main_layer).ffn
         return active_experts(ffn, tokens) * ffn.expert_parameters * self.model.expert_element_bytes
-
-    def copy_core_seconds(self, size: Any) -> Any:
-        """Core time of a copy of `size` bytes where copies are made by a core, else 0."""
-        return 0.0 * size if self.rates.copy_bandwidth is None else size / self.rates.copy_bandwidth

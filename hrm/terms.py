@@ -227,7 +227,8 @@ def _decode_terms(
     if rates.cores is not None:
         copied = streamed + up_bytes + down_bytes
         copies = 0.0 * copied if rates.copy_bandwidth is None else copied / rates.copy_bandwidth
-        work = g * gpu + g * cpu + copies + _staging_seconds(rates, streamed)
+        work = g * cpu + copies + _staging_seconds(rates, streamed)
+        work = work if rates.gpu_on_own_cores else work + g * gpu
         terms["CPU cores"] = work / rates.cores.peak
     return terms, g * gpu
 
@@ -311,6 +312,7 @@ def _prefill_terms(
     if rates.cores is not None:
         copied = streamed + g * (offloaded + 2 * hidden)
         copies = 0.0 * copied if rates.copy_bandwidth is None else copied / rates.copy_bandwidth
-        work = copies + _staging_seconds(rates, streamed) + g * compute
+        work = copies + _staging_seconds(rates, streamed)
+        work = work if rates.gpu_on_own_cores else work + g * compute
         terms["CPU cores"] = work / rates.cores.peak
     return terms

@@ -17,7 +17,7 @@ from hrm.systems import check_system
 from hrm.task_times import TaskTimes
 from simulator.cache_costs import ExpertCaching, cached_seconds, cached_work
 from simulator.expert_costs import expert_seconds, expert_work, seconds_elsewhere, work_elsewhere
-from simulator.task import OPS, Op, Schedule
+from simulator.task import OPS, Lane, Op, Schedule
 
 __all__ = ["PIECES", "WEIGHTS", "Costing", "Costs", "schedule_costs", "task_work"]
 
@@ -448,8 +448,13 @@ class Costing:
                 capacities[name] = limit
         if rates.cores is not None:
             cores = np.ones(len(ids))
-            cores[copies] = np.minimum(1.0, self._times.copy_core_seconds(moved[copies]) / safe[copies])
+            for mask, pace in ((_OF_UP[ops], rates.h2d_bandwidth), (_OF_DOWN[ops], rates.d2h_bandwidth)):
+                # A core copies all the time but when it is ahead of the pace.
+                waits = moved[mask] * max(0.0, 1 / pace - 1 / (rates.copy_bandwidth or pace))
+                cores[mask] = np.clip(1.0 - waits / safe[mask], 0.0, 1.0)
             cores[ops == Op.BARRIER.code] = 0.0
+            if rates.gpu_on_own_cores:
+                cores[_OF_GPU[ops]] = 0.0
             demands["cores"], capacities["cores"] = cores, rates.cores
         return Costs(seconds, moved, flops, demands, capacities)
 
@@ -484,6 +489,7 @@ def _table(ops: tuple[Op, ...]) -> np.ndarray:
 
 
 _OF_UP, _OF_DOWN, _OF_STAGING = _table(_UP), _table(_DOWN), _table(_STAGING)
+_OF_GPU = _table(tuple(op for op in OPS if op.lane is Lane.GPU))
 _OF_CPU = _table((Op.CPU_ATTN, Op.CPU_FFN))
 WEIGHTS = _table((Op.LOAD_W, Op.STAGE_W))
 """Which task classes move weights, by code."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import threading
 import time
 
@@ -116,3 +117,23 @@ def test_each_lane_has_its_own_number_of_threads(monkeypatch: pytest.MonkeyPatch
     played = {task.op for task in schedule}
     assert {task.op.lane for task in schedule} == set(Lane)
     assert seen == {op: {wanted[op.lane]} if op in played else set() for op in Op}
+
+
+@pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="threads cannot be kept to cores on this system")
+def test_the_device_lane_has_cores_of_its_own() -> None:
+    """Without a GPU, half the cores run the GPU lane and nothing else, where there are two or more."""
+    cores = lanes_module.lane_cores()
+    schedule = cgopipe(num_layers=2, num_micro_batches=2, decode_steps=1)
+    seen: dict[Lane, set[int]] = {lane: set() for lane in Lane}
+
+    def note(op: Op) -> Handler:
+        return lambda *_: seen[op.lane].update(os.sched_getaffinity(0))
+
+    before = os.sched_getaffinity(0)
+    run_lanes(schedule, {op: note(op) for op in Op}, device=CPU)
+    assert os.sched_getaffinity(0) == before
+    if len(before) < 2:
+        assert not any(cores.values())
+        return
+    assert seen == {lane: set(mine) for lane, mine in cores.items()}
+    assert all(not seen[Lane.GPU] & seen[lane] for lane in Lane if lane is not Lane.GPU)
