@@ -63,7 +63,8 @@ def probe_command(model: str, device: str | None, out: Path | None, as_json: boo
         ]
         if rates.cores is not None:
             wanted, done = rates.cores.points[-1]
-            rows.append(["lanes at once on these cores", f"{done:.2f} lanes' work when {wanted:g} are wanted"])
+            whose = "host lanes at once" if rates.gpu_on_own_cores else "lanes at once"
+            rows.append([f"{whose} on these cores", f"{done:.2f} lanes' work when {wanted:g} are wanted"])
         written = f"\nwritten to {out}" if out else ""
         return f"{machine}\n{table(['measured', ''], rows)}{written}"
 

@@ -210,6 +210,8 @@ def test_copies_by_a_core_pass_memory_twice() -> None:
     assert terms["CPU memory"] == pytest.approx(spec["CPU memory"] + linked / 100e9)
     work = terms["GPU"] + terms["CPU attention"] + linked / 5e9 + terms["staging copy"]
     assert terms["CPU cores"] == pytest.approx(work / 2)
+    apart = layer_terms(Placement(), 0.25, 0.0, replace(box, gpu_on_own_cores=True))
+    assert apart["CPU cores"] == pytest.approx((work - terms["GPU"]) / 2)
 
 
 def test_the_weights_of_the_next_layer_travel_in_a_layers_time() -> None:

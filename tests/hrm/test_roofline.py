@@ -205,6 +205,12 @@ def policy(n: int, attention: bool = False, ffn: bool = True, **shares: float) -
     return Policy(batch_size=n, micro_batch_size=n, attention_on_gpu=attention, ffn_on_gpu=ffn, **shares)
 
 
+def test_decode_of_one_token_has_no_bound() -> None:
+    """Without prefill and without a decode step there is nothing to bound, which is said."""
+    with pytest.raises(InvalidValue, match="count prefill"):
+        physical_bound(MIXTRAL, L4.rates("spec"), policy(4), prompt_len=10, gen_len=1, prefill=False)
+
+
 def test_physical_bound_of_a_run_bound_by_the_link() -> None:
     """With everything streamed and little to compute, the bound is the active experts' passes over the link."""
     bound = physical_bound(MIXTRAL, L4.rates("spec"), policy(4), prompt_len=10, gen_len=8)

@@ -305,6 +305,16 @@ def test_without_a_gpu_experts_take_cores() -> None:
         assert demands.demands["cores"][schedule.mask(op)].tolist() == [1.0]
 
 
+def test_a_gpu_lane_on_its_own_cores_takes_none_of_the_hosts() -> None:
+    """Where half the cores stand for the GPU, its tasks ask for none of the shared ones; the others still do."""
+    rates = replace(SPEC, copy_bandwidth=4e9, cores=Curve.constant(1.0), gpu_on_own_cores=True)
+    schedule = cpu_experts(num_layers=1, num_micro_batches=1, decode_steps=1, prefill=False)
+    batch = BatchShape.uniform(2, 2, 9, 3)
+    cores = schedule_costs(schedule, MIXTRAL.with_layers(1), rates, batch, weights_on_gpu=0.5).demands["cores"]
+    for op, wanted in ((Op.PRE_ATTN, 0.0), (Op.GPU_FFN, 0.0), (Op.CPU_FFN, 1.0), (Op.CPU_ATTN, 1.0)):
+        assert cores[schedule.mask(op)].tolist() == [wanted], op
+
+
 # -- whole runs ---------------------------------------------------------------------------------------
 
 
