@@ -3,34 +3,33 @@
 from __future__ import annotations
 
 import statistics
-import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 
 from executor.checkpoint import TORCH_DTYPES
+from executor.contention import Crowd
 from executor.cpu_attention import decode_attention
 from executor.device_attention import device_attention
 from executor.grouped_experts import grouped_ffn, has_grouped_mm
 from executor.kernels import ExpertWeights, causal_attention, moe_ffn
-from executor.lanes import PacedLink, lane_cores, lane_threads, run_lanes, settle
+from executor.lanes import PacedLink, lane_cores, lane_threads, settle
 from executor.machine import machine_facts, ram_bytes
 from executor.weight_layout import LayerWeights
 from hrm.errors import DoesNotFit
 from hrm.hardware import Curve, Hardware, Link, MemoryLevel, Quantity, Rates
 from hrm.model import MoEModel
 from hrm.operators import pre_attention
-from simulator.schedules import cgopipe
-from simulator.task import Lane, Op
+from simulator.task import Lane
 
-__all__ = ["Bench", "Crowd", "Key"]
+__all__ = ["Bench", "Key"]
 
 _COLD_BYTES = 160 * 2**20
 _ROWS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024)
@@ -42,7 +41,6 @@ _LONGEST_CALL = 0.25
 _SAMPLES = 8
 _SWEEP_BYTES = 16 * 2**20
 _PIECE = 8 * 2**20
-_COPY_SHARE = 0.4
 _HOST_ROWS = 256
 _HOST_EXPERT_ROWS = (1, 4, 16, 64)
 _HOST = torch.device("cpu")
@@ -51,16 +49,11 @@ Call = Callable[[], Any]
 Key = tuple[str, float]
 
 
-class Crowd(NamedTuple):
-    """What lanes cost each other."""
-
-    task_s: float
-    cores: Curve
-    memory_traffic: float
-
-
 class Bench:
     """The calls that are timed, with the memory that they work on."""
+
+    piece_bytes = _PIECE
+    """What one call of a copy moves."""
 
     def __init__(self, model: MoEModel, device: torch.device) -> None:
         self.model, self.device = model, device
@@ -123,34 +116,6 @@ class Bench:
             if samples[-1] > _LONGEST_CALL:
                 break
         return statistics.median(samples)
-
-    def together(self, calls: dict[Lane, Call], seconds: float) -> list[float]:
-        """Calls per second of each when all run at once, every one as its lane would run it."""
-        counts, spent = [0] * len(calls), [1.0] * len(calls)
-        stop = threading.Event()
-        gate = threading.Barrier(len(calls) + 1)
-
-        def loop(index: int, lane: Lane, call: Call) -> None:
-            settle(lane, cuda=self.cuda)
-            with torch.inference_mode():
-                call()
-                gate.wait()  # as in `run_lanes`: every thread has called torch before any sets its count
-                torch.set_num_threads(self.threads[lane])
-                begin = time.perf_counter()
-                while not stop.is_set():
-                    call()
-                    counts[index] += 1
-                spent[index] = time.perf_counter() - begin
-
-        workers = [threading.Thread(target=loop, args=(i, *item)) for i, item in enumerate(calls.items())]
-        for worker in workers:
-            worker.start()
-        gate.wait()
-        time.sleep(seconds)
-        stop.set()
-        for worker in workers:
-            worker.join()
-        return [count / each for count, each in zip(counts, spent, strict=True)]
 
     # -- kernels: calls by size --------------------------------------------------------------------
 
@@ -284,15 +249,6 @@ class Bench:
 
         return call
 
-    def hand_over(self) -> float:
-        """Seconds between the end of a task and the start of one that waits for it on another lane."""
-        schedule = cgopipe(num_layers=8, num_micro_batches=1, decode_steps=8, stream_weights=False)
-        begin, _ = run_lanes(schedule, {op: (lambda *_: None) for op in Op}, device=torch.device("cpu"))
-        early = schedule.step < 2
-        pre = begin[schedule.mask(Op.PRE_ATTN) & ~early]
-        post = begin[schedule.mask(Op.POST_ATTN) & ~early]
-        return statistics.median((post - pre).tolist()) / 4  # PreAttn to PostAttn is four hand-overs
-
     # -- all of it ---------------------------------------------------------------------------------
 
     def prepare(self) -> None:
@@ -359,40 +315,8 @@ class Bench:
         with ThreadPoolExecutor(1) as pool:
             pool.submit(run).result()
 
-    def crowd(self) -> list[tuple[float, float]]:
-        """(Lanes' worth of work wanted, done) where lanes share cores: attention beside two copies, paced and not.
-
-        Where the GPU lane has no cores of its own, its kernels are beside them too.
-        """
-        attention = {Lane.CPU: self.attention_call(16, 128)}
-        if not self.apart:
-            attention[Lane.GPU] = self.expert_call(max(1, 4 * self.experts // self.model.top_k))
-        copy_alone = self.together({Lane.H2D: self.copy_call(self.host[0], self.host[1])}, 0.2)[0]
-        alone = [self.together({lane: call}, 0.3)[0] for lane, call in attention.items()]
-        alone += [copy_alone, copy_alone]
-        points = []
-        for share in (_COPY_SHARE, 1.0):
-            copies = self.two_copies(share * copy_alone * _PIECE if share < 1 else None)
-            rates = self.together(attention | copies, 0.6)
-            done = sum(rate / single for rate, single in zip(rates, alone, strict=True))
-            points.append((len(attention) + 2 * share, done))
-        return points
-
-    def memory_traffic(self) -> float:
-        """Bytes/s of host memory, read and written, when a pipeline's lanes use it at once.
-
-        Without a GPU: an expert kernel that reads its weights for few tokens beside two copies. With one: two copies.
-        """
-        copies = self.two_copies(None)
-        if self.cuda:
-            return 2 * _PIECE * sum(self.together(copies, 0.5))
-        tokens = max(1, 2 * self.experts // self.model.top_k)
-        active = self.experts * (1 - (1 - self.model.top_k / self.experts) ** tokens)
-        kernel, *copied = self.together({Lane.GPU: self.expert_call(tokens), **copies}, 0.5)
-        return kernel * active * self.model.expert_bytes + 2 * _PIECE * sum(copied)
-
     def two_copies(self, pace: float | None) -> dict[Lane, Call]:
-        """Copies between different halves of the host buffers."""
+        """Copies between different halves of the host buffers, at a pace or without."""
         half = _COLD_BYTES // 2
         source, target = self.host
         return {
@@ -411,7 +335,7 @@ class Bench:
                 points.append((float(size), amount / max(t - minus, t / 2)))
             return Curve(tuple(points))
 
-        launches = sum(op.launches for op in pre_attention(m, 1))
+        launch = spent["dispatch", 0] / sum(op.launches for op in pre_attention(m, 1))
         per_call = spent["attention call", 0]
         gemm = curve("gemm", {rows: 2.0 * rows * m.hidden_size * m.q_size for rows in _ROWS})
         experts = curve("experts", self.expert_flops)
@@ -433,7 +357,9 @@ class Bench:
             gpu_decode_attention=curve("device attention", self.attention_bytes) if self.cuda else attention,
             cpu_experts=host_experts or experts,
             cpu_weight_bandwidth=self._host_weight_bandwidth(spent) if self.cuda else bandwidth,
-            gpu_launch_s=spent["dispatch", 0] / launches,
+            gpu_launch_s=launch,
+            # On a GPU the calls were timed with all that they launch.
+            gpu_attention_s=0.0 if self.cuda else per_call + crowd.task_s,
             cpu_attention=attention,
             cpu_attention_flops=host_flops,
             cpu_task_s=per_call,
@@ -443,9 +369,10 @@ class Bench:
             staging_bandwidth=copy,
             dram_bandwidth=max(crowd.memory_traffic, attention.peak),
             copy_bandwidth=None if self.cuda else copy,
-            task_s=max(0.0, crowd.task_s),
+            task_s=crowd.task_s,
             cores=None if self.cuda else crowd.cores,
             gpu_on_own_cores=self.apart,
+            processors=crowd.processors,
         )
         return rates, read
 

@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import contextlib
 import os
+import sys
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from functools import lru_cache
 from typing import Any
 
@@ -30,6 +31,7 @@ Handler = Callable[[int, int, int, float], None]
 _WAKE_UP_SLACK_S = 3e-4
 _SPIN_S = 1e-4
 _COMPUTE_NICENESS = 10
+_SWITCH_S = 1e-4
 _LAUNCH_CORES, _FEWEST_CORES_TO_PIN = 2, 6
 _GPU_LANES = (Lane.GPU, Lane.H2D, Lane.D2H)
 
@@ -128,6 +130,17 @@ class PacedLink:
 def _streams(device: torch.device) -> dict[Lane, Any]:
     """One stream per GPU lane for the whole process: the allocator keeps freed memory per stream."""
     return {lane: torch.cuda.Stream(device) for lane in _GPU_LANES}
+
+
+@contextlib.contextmanager
+def _short_turns() -> Iterator[None]:
+    """Let a lane that comes out of a kernel have the interpreter soon: by default it may wait for milliseconds."""
+    before = sys.getswitchinterval()
+    sys.setswitchinterval(min(before, _SWITCH_S))
+    try:
+        yield
+    finally:
+        sys.setswitchinterval(before)
 
 
 class _Failure:
@@ -271,28 +284,29 @@ def run_lanes(
         if len(schedule.lane_tasks(lane))
     ]
     zero = 0.0
-    try:
+    with _short_turns():
+        try:
+            for worker in workers:
+                worker.start()
+            if cuda:
+                torch.cuda.synchronize(device)
+                origin = torch.cuda.Event(enable_timing=True)
+                origin.record()
+                origin.synchronize()
+            zero = time.perf_counter()
+            gate.wait()
+            for worker in workers:
+                worker.join()
+        except threading.BrokenBarrierError:
+            pass
+        except BaseException as error:  # Ctrl-C: stop the lanes before leaving
+            failure.set(error)
+            gate.abort()
+            for event in signal.values():
+                event.set()
         for worker in workers:
-            worker.start()
-        if cuda:
-            torch.cuda.synchronize(device)
-            origin = torch.cuda.Event(enable_timing=True)
-            origin.record()
-            origin.synchronize()
-        zero = time.perf_counter()
-        gate.wait()
-        for worker in workers:
-            worker.join()
-    except threading.BrokenBarrierError:
-        pass
-    except BaseException as error:  # Ctrl-C: stop the lanes before leaving
-        failure.set(error)
-        gate.abort()
-        for event in signal.values():
-            event.set()
-    for worker in workers:
-        if worker.is_alive():
-            worker.join()
+            if worker.is_alive():
+                worker.join()
     if failure.error is not None:
         raise failure.error
     begin_s, end_s = np.array(start) - zero, np.array(end) - zero

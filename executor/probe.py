@@ -14,9 +14,10 @@ from typing import Any, TypeVar
 
 import torch
 
-from executor.bench import Bench, Crowd, Key
+from executor.bench import Bench, Key
+from executor.contention import Contention, Crowd, crowd_of
 from executor.machine import OtherLoad
-from hrm.hardware import Curve, Hardware
+from hrm.hardware import Hardware
 from hrm.model import MoEModel
 
 __all__ = ["Prober", "probe"]
@@ -103,14 +104,11 @@ class Prober:
         with OtherLoad() as load:
             self._passes = self._quiet(self._bench.one_pass, _PASSES, "kernels and copies alone")
             self.progress("hand-over between lanes")
-            task_s = statistics.median(self._bench.hand_over() for _ in range(3))
-            crowds = self._quiet(self._bench.crowd, 3, "all lanes at once")
-            done = [(1.0, 1.0)]
-            for points in zip(*crowds, strict=True):
-                wanted = points[0][0]
-                done.append((wanted, statistics.median(value for _, value in points)))
-            traffic = statistics.median(self._bench.memory_traffic() for _ in range(3))
-            self._crowd = Crowd(task_s, Curve(tuple(done)), traffic)
+            lanes = Contention(self._bench)
+            task_s = statistics.median(lanes.hand_over() for _ in range(3))
+            cores = self._quiet(lanes.shared_cores, 3, "all lanes at once")
+            both = self._quiet(lanes.processors, 3, "both processors at once")
+            self._crowd = crowd_of(task_s, cores, [lanes.memory_traffic() for _ in range(3)], both)
         self._share = load.share
         return self._describe(self._passes)
 

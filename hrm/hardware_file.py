@@ -36,6 +36,7 @@ _CURVES: dict[str, Callable[[Any], float]] = {
     "cpu_attention": parse_bandwidth,
     "cpu_experts": parse_flops,
     "cores": _number,
+    "processors": _number,
 }
 _SCALARS: dict[str, Callable[[Any], float]] = {
     "gpu_bandwidth": parse_bandwidth,
@@ -43,6 +44,7 @@ _SCALARS: dict[str, Callable[[Any], float]] = {
     "cpu_attention_flops": parse_flops,
     "cpu_weight_bandwidth": parse_bandwidth,
     "cpu_task_s": parse_seconds,
+    "gpu_attention_s": parse_seconds,
     "h2d_bandwidth": parse_bandwidth,
     "d2h_bandwidth": parse_bandwidth,
     "peer_bandwidth": parse_bandwidth,

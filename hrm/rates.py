@@ -104,6 +104,8 @@ class Rates:
     """Bytes/s at which experts on the CPU read their weights."""
     cpu_task_s: float = 0.0
     """Seconds that a CPU attention call costs beside its KV traffic."""
+    gpu_attention_s: float = 0.0
+    """The same of the GPU, beside launches."""
     h2d_bandwidth: float
     d2h_bandwidth: float
     transfer_s: float = 0.0
@@ -140,6 +142,8 @@ class Rates:
     """Lanes' worth of work done at once, by lanes' worth wanted, where lanes share cores; None with a GPU."""
     gpu_on_own_cores: bool = False
     """Whether the GPU lane is not among these lanes, where cores stand for the GPU."""
+    processors: Curve | None = None
+    """Lanes' worth of work done at once by that GPU lane and the host's, by lanes' worth wanted; None: all of it."""
     systems: Mapping[str, Mapping[str, float | Curve]] = field(default_factory=dict)
     """Rates that a system's own kernels attain, where they are not those of MoE-Lightning, by its name."""
 

@@ -162,7 +162,7 @@ class TaskTimes:
         part = sharded(op, self.num_gpus, attention)
         memory = part.kv_bytes / self.rates.gpu_decode_attention.at(op.rows)
         compute = part.flops / self.rates.gpu_attention.peak
-        return op.launches * self.rates.gpu_launch_s + np.maximum(memory, compute)
+        return self.rates.gpu_attention_s + op.launches * self.rates.gpu_launch_s + np.maximum(memory, compute)
 
     def h2d(self, size: Any) -> Any:
         """A transfer of `size` bytes to the GPU."""

@@ -228,8 +228,7 @@ def _decode_terms(
         copied = streamed + up_bytes + down_bytes
         copies = 0.0 * copied if rates.copy_bandwidth is None else copied / rates.copy_bandwidth
         work = g * cpu + copies + _staging_seconds(rates, streamed)
-        work = work if rates.gpu_on_own_cores else work + g * gpu
-        terms["CPU cores"] = work / rates.cores.peak
+        terms |= _core_terms(rates, work, g * gpu)
     return terms, g * gpu
 
 
@@ -312,7 +311,16 @@ def _prefill_terms(
     if rates.cores is not None:
         copied = streamed + g * (offloaded + 2 * hidden)
         copies = 0.0 * copied if rates.copy_bandwidth is None else copied / rates.copy_bandwidth
-        work = copies + _staging_seconds(rates, streamed)
-        work = work if rates.gpu_on_own_cores else work + g * compute
-        terms["CPU cores"] = work / rates.cores.peak
+        terms |= _core_terms(rates, copies + _staging_seconds(rates, streamed), g * compute)
+    return terms
+
+
+def _core_terms(rates: Rates, host: Any, gpu: Any) -> Terms:
+    """Where cores do everything: what the host's lanes ask of theirs, and all lanes of all."""
+    assert rates.cores is not None
+    if not rates.gpu_on_own_cores:
+        return {"CPU cores": (host + gpu) / rates.cores.peak}
+    terms: Terms = {"CPU cores": host / rates.cores.peak}
+    if rates.processors is not None:
+        terms["all cores"] = (host + gpu) / rates.processors.peak
     return terms

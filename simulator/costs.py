@@ -384,6 +384,8 @@ class Costing:
         down |= schedule.mask(Op.STORE_KV) & (schedule.step > 0)
         staging = schedule.mask(Op.STAGE_W)
         seconds[up], seconds[down] = times.h2d(moved[up]), times.d2h(moved[down])
+        # States, choices and weights are copies of their own.
+        seconds[schedule.mask(Op.OFFLOAD_FFN)] += 2 * self._rates.transfer_s
         seconds[staging] = times.staging(moved[staging])
         seconds[schedule.mask(Op.BARRIER)] = self._rates.sync_s
         if self._gathered > 1 and self._rates.peer_bandwidth is not None:
@@ -453,6 +455,8 @@ class Costing:
                 waits = moved[mask] * max(0.0, 1 / pace - 1 / (rates.copy_bandwidth or pace))
                 cores[mask] = np.clip(1.0 - waits / safe[mask], 0.0, 1.0)
             cores[ops == Op.BARRIER.code] = 0.0
+            if rates.processors is not None:
+                demands["processors"], capacities["processors"] = cores.copy(), rates.processors
             if rates.gpu_on_own_cores:
                 cores[_OF_GPU[ops]] = 0.0
             demands["cores"], capacities["cores"] = cores, rates.cores
