@@ -181,16 +181,17 @@ def simulate_plan(found: Plan, system: str, *, mean_output: float | None = None,
 
 
 def with_popularity(model: MoEModel, trace: Path) -> MoEModel:
-    """The model with experts as popular as a routing trace shows them, mean over its layers.
+    """The model with experts as popular as a routing trace shows them, in every layer alike.
 
     Raises
     ------
     InvalidValue
         If the trace is of another number of experts, or no trace.
     """
+    from simulator.experts.shares import typical_popularity
     from simulator.experts.trace import RoutingTrace
 
-    return model.with_routing(RoutingTrace.load(trace).popularity().mean(axis=0).tolist())
+    return model.with_routing(typical_popularity(RoutingTrace.load(trace)).tolist())
 
 
 def _defaults(traits: System, places: dict[str, Any]) -> dict[str, Any]:

@@ -8,8 +8,10 @@ import pytest
 from hrm.errors import HrmError
 from simulator.experts.cache import CACHE_POLICIES, DEFAULT_POLICY
 from simulator.experts.expected import independent_accesses, independent_miss_rate
+from simulator.experts.shares import typical_popularity
 from simulator.experts.study import miss_rates, uniform_miss_rate
 from simulator.experts.synthesis import Knobs, Routing, draw_choices, synthesize
+from simulator.experts.trace import RoutingTrace
 
 SHAPE = {"num_experts": 64, "top_k": 8}
 
@@ -66,6 +68,13 @@ def test_drawn_choices_have_the_shares_asked_for() -> None:
     chosen = draw_choices(shares, 2, 40_000, np.random.default_rng(1))
     assert all(len(set(row)) == 2 for row in chosen[:500].tolist())
     assert np.bincount(chosen.ravel(), minlength=6) / 40_000 == pytest.approx(shares, abs=0.06)
+
+
+def test_typical_popularity_is_as_uneven_as_the_layers() -> None:
+    """Favourites that differ from layer to layer do not even out."""
+    chosen = np.array([[[0], [2]], [[0], [2]], [[1], [2]], [[0], [1]]])
+    found = typical_popularity(RoutingTrace(experts=chosen, num_experts=4))
+    assert sorted(found) == [0.0, 0.0, 0.25, 0.75]
 
 
 def test_large_micro_batches_share_answers() -> None:
