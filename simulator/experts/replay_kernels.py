@@ -251,7 +251,38 @@ def _forget(share, forget):  # type: ignore[no-untyped-def]
 
 
 @_compiled
-def _vote(votes, masks, given, row, count):  # type: ignore[no-untyped-def]
+def _likeness_votes(met, before, weights, given):  # type: ignore[no-untyped-def]
+    """What every batch looked back on gives to the experts of the one after it, in `given`; the sum of all.
+
+    From the experts that it has in common with this batch, `met`, and that the batches before the two have, `before`.
+    """
+    count = len(met)
+    best = np.int32(1)
+    for j in range(count):
+        likeness = np.int32(np.int32(2 * met[j]) + before[j])
+        given[j] = likeness
+        best = max(best, likeness)
+    scale = (64 << 16) // np.int64(best)
+    total = 0
+    passed = 0
+    for j in range(count):
+        passed = weights[(np.int64(given[j]) * scale) >> 16] + (passed >> 1)
+        given[j] = passed
+        total += passed
+    return total
+
+
+@_compiled
+def _vote_one_by_one(votes, experts, batch_of, given, first):  # type: ignore[no-untyped-def]
+    """Add ``given[b - first]`` to the votes of the expert of every access, whose batch is b."""
+    for i in range(len(experts)):
+        # Unsigned indices need no look at whether they count from the end.
+        expert, batch = np.uint32(experts[i]), np.uint32(batch_of[i] - first)
+        votes[expert] = np.int32(votes[expert] + given[batch])
+
+
+@_compiled
+def _vote_by_rows(votes, masks, given, row, count):  # type: ignore[no-untyped-def]
     """Add ``given[j]`` to the votes of the experts in each of `count` rows of the ring after `row`; zeros follow.
 
     To all experts at once, in vector registers, and four rows at a time.
@@ -285,9 +316,8 @@ def next_use(  # type: ignore[no-untyped-def]
     # Of the batches that are looked back on, oldest first, and of those before them.
     common = np.zeros(ring, np.int32)
     before = np.zeros(ring, np.int32)
-    alike = np.zeros(window, np.int32)
     given = np.zeros(window + 3, np.int32)
-    # Which batch every access was of, and the access before it to the same expert.
+    # Which batch every access was of, and the access before it to the same expert; fewer than 2**31 of either.
     batch_of = np.empty(len(experts), np.int32)
     earlier = np.empty(len(experts), np.int32)
     newest = np.full(num_experts, -1, np.int32)
@@ -339,27 +369,6 @@ def next_use(  # type: ignore[no-untyped-def]
             batch_of[i] = b
             earlier[i] = newest[experts[i]]
             newest[experts[i]] = i
-        best = np.int32(1)
-        for j in range(count):
-            likeness = np.int32(np.int32(2 * met[j]) + before[j])
-            alike[j] = likeness
-            best = max(best, likeness)
-        scale = (64 << 16) // np.int64(best)
-        votes[:] = 0
-        total = 0
-        passed = 0
-        for j in range(count):
-            passed = weights[(np.int64(alike[j]) * scale) >> 16] + (passed >> 1)
-            given[j] = passed
-            total += passed
-        if count and 12 * (end - offsets[oldest]) < count * num_experts:
-            for i in range(offsets[oldest + 1], end):
-                # Unsigned indices need no look at whether they count from the end.
-                expert, of = np.uint32(experts[i]), np.uint32(batch_of[i] - oldest - 1)
-                votes[expert] = np.int32(votes[expert] + given[of])
-        else:
-            given[count : count + 3] = 0
-            _vote(votes, masks, given, oldest % ring, count)
         short_met, long_met = 0, 0
         for i in range(begin, end):
             expert = experts[i]
@@ -376,6 +385,7 @@ def next_use(  # type: ignore[no-untyped-def]
         long_explains += (long_met * long_met << 8) // long_whole - (long_explains >> judge)
         share = overall if long_explains > short_explains else lately
         ranked = False
+        total = 0
         for i in range(begin, end):
             expert = experts[i]
             slot = slot_of[expert]
@@ -388,6 +398,14 @@ def next_use(  # type: ignore[no-untyped-def]
                     if not ranked:
                         # Nobody is ranked before somebody has to leave.
                         ranked = True
+                        total = _likeness_votes(met, before, weights, given)
+                        votes[:] = 0
+                        if count and 12 * (end - offsets[oldest]) < count * num_experts:
+                            seen = slice(offsets[oldest + 1], end)
+                            _vote_one_by_one(votes, experts[seen], batch_of[seen], given, oldest + 1)
+                        else:
+                            given[count : count + 3] = 0
+                            _vote_by_rows(votes, masks, given, oldest % ring, count)
                         for s in range(slots):
                             stays[s] = votes[held[s]] * one + (total + 1) * share[held[s]]
                         for other in range(begin, end):
