@@ -168,7 +168,7 @@ popularity_option = click.option(
     "--popularity",
     type=click.Path(exists=True, dir_okay=False, path_type=Path),
     metavar="TRACE",
-    help="A routing trace: experts that it shows to be popular are the ones that stay on the GPU.",
+    help="A routing trace, which shows how popular experts are; the popular ones stay on the GPU.",
 )
 
 _SWITCH = click.IntRange(0, 1)
