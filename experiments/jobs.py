@@ -125,6 +125,8 @@ def run_command(
         raise click.UsageError("--top-p needs --temperature T > 0; without it the likeliest token is taken.")
     policy = _policy(system, policy_values)
     experts = _caching(policy, cache_policy)
+    if experts and policy is None and (gating or popularity or system != "moe-lightning"):
+        raise click.UsageError("--cache-policy needs an expert cache; with these options the planner looks at none.")
     if gating is None and capacity_factor is not None:
         raise click.UsageError("--capacity-factor needs --gating static or --gating tutel.")
     shares = RoutingTrace.load(popularity).popularity() if popularity else None

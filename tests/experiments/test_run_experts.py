@@ -101,6 +101,13 @@ def test_bad_options_are_one_line(run: Any, args: tuple[object, ...], words: str
     assert done.code == 2 and words in done.err and len(done.err.strip().splitlines()) == 1
 
 
+def test_the_planner_of_a_run_is_told_the_cache_policy(run: Any) -> None:
+    """Without a typed policy the planner may choose a cache and gets its rule; where it may not, that is one line."""
+    assert run("--cache-policy", "lru", "--hardware", "cpu-2core", policy=()).code == 0
+    done = run("--cache-policy", "lru", "--gating", "dynamic", policy=())
+    assert done.code == 2 and "the planner looks at none" in done.err
+
+
 def test_a_gate_that_does_not_fit_is_one_line(run: Any) -> None:
     """Masks and buffers are counted before the run, and the line says what to do about them."""
     done = run("--gating", "static", "--capacity-factor", 1, "--device-memory", "400KiB")
