@@ -34,7 +34,6 @@ if __name__ == "__main__":
     # Python puts this file's folder first, where a file's name hides the package that is measured.
     sys.path[0] = str(_ROOT)
 
-import numpy as np  # noqa: E402
 import torch  # noqa: E402
 from safetensors.torch import load_file, save_file  # noqa: E402
 
@@ -48,6 +47,8 @@ from hrm.catalog import model_config  # noqa: E402
 from hrm.memory import batch_footprint  # noqa: E402
 from hrm.units import format_bytes  # noqa: E402
 from simulator import simulate  # noqa: E402
+from simulator.experts.cache import DEFAULT_POLICY  # noqa: E402
+from simulator.experts.shares import typical_popularity  # noqa: E402
 from simulator.experts.study import decode_miss_rate  # noqa: E402
 
 _SIZE = {"hidden_size": 512, "intermediate_size": 512, "num_hidden_layers": 6, "vocab_size": 2048}
@@ -166,10 +167,10 @@ def predictions(checkpoint: Checkpoint, machine: Hardware, entry: Entry, turn: d
     rates = replace(rates, stages_weights=True)
     shape = BatchShape.uniform(entry.size, entry.policy.micro_batch_size, _PROMPT, _GEN)
     model = checkpoint.model
-    found = {"uniform": simulate(model, rates, entry.policy, shape, exact=True).throughput_tok_s}
+    cache = entry.cache or DEFAULT_POLICY
+    found = {"uniform": simulate(model, rates, entry.policy, shape, exact=True, cache_policy=cache).throughput_tok_s}
     trace = turn["trace"]
-    # Every layer has its own favourites; what counts is how uneven they are.
-    met = model.with_routing(np.sort(trace.popularity(), axis=1).mean(axis=0))
+    met = model.with_routing(typical_popularity(trace).tolist())
     if entry.cache:
         slots = entry.policy.expert_slots or 1
         decode = decode_miss_rate(trace, slots, most_tokens=entry.size, policy=entry.cache)

@@ -2,7 +2,8 @@
 
     python benchmarks/expert_cache.py [--quick] [--trace FILE] [--out FILE.json]
 
-Three traces: OLMoE's shape in batches of 8 tokens, Mixtral's one token at a time, and Mixtral's shape at the size of
+Four traces: OLMoE's shape in batches of 8 tokens, Mixtral's and that of the paper's language model (512 experts, top-2)
+one token at a time, and Mixtral's shape at the size of
 405 sequences x 2,048 tokens, which one policy after the other replays whole. With --trace also miss rates of all
 policies on a trace of one's own, at batches of 1, 4 and 8 tokens and 8, 16 and 32 slots. Times are medians of rounds in
 which every policy takes its turn; processor seconds are those of the thread itself. Prints a table and writes one JSON
@@ -36,6 +37,7 @@ from simulator.experts.trace import RoutingTrace  # noqa: E402
 _KNOBS = Knobs(spread=1.0, skew=0.5, memory=0.6)
 _OLMOE = Routing(num_layers=2, num_experts=64, top_k=8, batch_tokens=8)
 _MIXTRAL = Routing(num_layers=2, num_experts=8, top_k=2, batch_tokens=1)
+_LM = Routing(num_layers=2, num_experts=512, top_k=2, batch_tokens=1)
 _LARGE = Routing(num_layers=32, num_experts=8, top_k=2, batch_tokens=1)
 
 
@@ -123,7 +125,9 @@ def main() -> None:
     result: dict[str, Any] = {"command": command, "machine": machine_facts(), "numba": numba.__version__}
     replay_warm_up()
     with OtherLoad() as load:
-        for label, routing, tokens, slots in (("olmoe", _OLMOE, 80_000, 16), ("mixtral", _MIXTRAL, 400_000, 4)):
+        for label, routing, tokens, slots in (
+            ("olmoe", _OLMOE, 80_000, 16), ("mixtral", _MIXTRAL, 400_000, 4), ("lm", _LM, 100_000, 64)
+        ):  # fmt: skip
             result[label] = speeds(routing, tokens=tokens // scale, slots=slots, rounds=rounds)
             print(f"{label}, batch {routing.batch_tokens}, {slots} slots, {result[label]['accesses']:,} accesses")
             for name, row in result[label]["policies"].items():

@@ -47,12 +47,13 @@ if __name__ == "__main__":
 import torch  # noqa: E402
 
 from executor.gating import Gating  # noqa: E402
-from executor.gating.bench import VARIANTS, Layer, largest_batch, measure, variants  # noqa: E402
+from executor.gating.bench import Layer, largest_batch, measure, variants  # noqa: E402
 from executor.gating.sizes import LM, MT  # noqa: E402
 from executor.machine import OtherLoad, machine_facts  # noqa: E402
-from experiments.experts.gating_report import draw_rows  # noqa: E402
+from experiments.experts.gating_report import draw_rows, measured_cells  # noqa: E402
 from experiments.output import plain, table  # noqa: E402
-from hrm.units import format_bytes, format_seconds, parse_bytes  # noqa: E402
+from hrm.gating import GATING_VARIANTS  # noqa: E402
+from hrm.units import format_bytes, parse_bytes  # noqa: E402
 
 _SHAPES = {"lm": LM, "mt": MT}
 _BATCHES = {"lm": (16, 64, 256, 512), "mt": (4, 16, 48)}
@@ -116,22 +117,9 @@ def _largest(layer: Layer, gating: Gating, name: str, budget: int) -> dict[str, 
 
 
 def _print_rows(rows: Sequence[Mapping[str, Any]]) -> None:
-    cells = [
-        [
-            row["gating"],
-            row["tokens"],
-            format_seconds(row["seconds"]),
-            f"{row['tokens_per_s']:.4g}",
-            format_bytes(row["peak_bytes"]),
-            format_bytes(row["computed_bytes"]),
-            f"{row['waste_factor']:.3g}",
-            row["dropped"],
-            f"{row['other_load']:.0%}",
-        ]
-        for row in rows
-    ]
+    shown = [measured_cells(row) | {"others": f"{row['other_load']:.0%}"} for row in rows]
     titles = ["gating", "tokens", "time", "tokens/s", "peak", "computed", "waste", "dropped", "others"]
-    print(table(titles, cells), flush=True)
+    print(table(titles, [[row[title] for title in titles] for row in shown]), flush=True)
 
 
 def save_figure(path: Path, shapes: Mapping[str, Any]) -> None:
@@ -187,7 +175,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "commit": _commit(),
         "threads": options.threads,
         "rounds": options.rounds,
-        "gatings": list(VARIANTS),
+        "gatings": list(GATING_VARIANTS),
         "shapes": {},
     }
     with OtherLoad() as load:

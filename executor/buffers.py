@@ -8,6 +8,7 @@ import torch
 
 from executor.kv_cache import KVCache
 from executor.memory import DeviceMemory, host_tensor
+from hrm.gating import Gate
 from hrm.model import MoEModel
 from hrm.pipeline import ACTIVATION_SLOTS, PINNED_PAGES, workspace_bytes
 from hrm.policy import Policy
@@ -16,7 +17,8 @@ from hrm.systems import check_system
 __all__ = ["JOB_ITEMS", "Buffers", "FfnSlot", "Sizes", "Slot"]
 
 JOB_ITEMS = (
-    "hidden_states", "token_ids", "decode_slots", "prefill_slots", "workspace", "kv_cache", "kv_buffers", "ffn_slots"
+    "hidden_states", "token_ids", "decode_slots", "prefill_slots", "workspace", "gating", "kv_cache", "kv_buffers",
+    "ffn_slots",
 )  # fmt: skip
 """Names under which a job takes device memory; given back when it ends."""
 
@@ -91,10 +93,20 @@ class Buffers:
     policy, system
         What runs.
     sizes : Sizes
+    gate : Gate, optional
+        What brings tokens to experts, if it is not the executor's own gate.
     """
 
     def __init__(
-        self, model: MoEModel, dtype: torch.dtype, memory: DeviceMemory, *, policy: Policy, system: str, sizes: Sizes
+        self,
+        model: MoEModel,
+        dtype: torch.dtype,
+        memory: DeviceMemory,
+        *,
+        policy: Policy,
+        system: str,
+        sizes: Sizes,
+        gate: Gate | None = None,
     ) -> None:
         self.model, self.sizes = model, sizes
         self._dtype, self._memory, self._traits = dtype, memory, check_system(system)
@@ -114,6 +126,8 @@ class Buffers:
         self.prompt_slots = [self._device("prefill_slots", most_tokens * h) for _ in ring]
         self.kv_slots = [self._device("prefill_slots", most_tokens * rows) for _ in ring]
         memory.reserve("workspace", int(workspace_bytes(model, most_tokens, most)))
+        if gate is not None:
+            memory.reserve("gating", int(gate.bytes(model, max(most_tokens, most))))
         self.host_slots = [Slot(self._host(most * wide), self._host(most * attended)) for _ in ring]
         self.host_hidden = self._host(max(sizes.batch_tokens, sizes.places) * h)
         self.prompt_kv = self._host(most_tokens * rows)

@@ -365,6 +365,7 @@ def generate(
     target = pick_device(device)
     gen_lens = [gen_len] * len(prompts) if isinstance(gen_len, int) else list(gen_len)
     max_tokens = check_requests(prompts, gen_lens, checkpoint.model)
+    gate = None if gating is None else gating.planned
     if policy == "auto":
         policy = auto_policy(
             checkpoint,
@@ -377,6 +378,8 @@ def generate(
             link_bandwidth=link_bandwidth,
             # Neither another gate nor an order by popularity goes with one.
             may_cache=gating is None and popularity is None,
+            cache_policy=cache_policy,
+            gate=gate,
         )
     check_runnable(system, policy)
     check_memory(
@@ -387,6 +390,7 @@ def generate(
         system=system,
         on_gpu=target.type == "cuda",
         device_memory=device_memory,
+        gate=gate,
     )
     meter = None if gating is None else GatingMeter(gating)
     executor = Executor(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import Any
 
 import torch
 
@@ -11,6 +12,7 @@ from executor.checkpoint import Checkpoint
 from executor.jobs import batches
 from executor.machine import ram_bytes
 from hrm.errors import DoesNotFit, HrmError, InvalidValue
+from hrm.gating import Gate
 from hrm.hardware import Hardware
 from hrm.memory import GPU_USABLE, Footprint, batch_footprint, check_fits, footprint
 from hrm.model import MoEModel
@@ -21,6 +23,7 @@ from hrm.system_policies import system_policy
 from hrm.systems import check_system
 from hrm.units import format_bytes
 from hrm.workload import Workload
+from simulator.experts.cache import DEFAULT_POLICY
 from simulator.experts.residency import better_residency, cached_instead
 from simulator.schedules import check_buildable
 
@@ -39,7 +42,15 @@ def check_runnable(system: str, policy: Policy | None = None) -> None:
 
 
 def choose_policy(
-    system: str, model: MoEModel, machine: Hardware, workload: Workload, num_requests: int, *, may_cache: bool = True
+    system: str,
+    model: MoEModel,
+    machine: Hardware,
+    workload: Workload,
+    num_requests: int,
+    *,
+    may_cache: bool = True,
+    cache_policy: str = DEFAULT_POLICY,
+    gate: Gate | None = None,
 ) -> Policy:
     """The policy that answers `num_requests` requests soonest by prediction; for other systems, their own rule.
 
@@ -47,26 +58,38 @@ def choose_policy(
     of streamed. The other systems' rules count memory in their own
     way; micro-batches are halved until what this executor allocates fits.
 
+    Parameters
+    ----------
+    may_cache : bool
+        Whether an expert cache is looked at.
+    cache_policy : str
+        Which expert makes room for another in it.
+    gate : Gate, optional
+        What brings tokens to experts, if it is not the executor's own gate: its masks and buffers need room.
+
     Raises
     ------
     DoesNotFit
         If nothing fits.
     """
     if system == "moe-lightning":
+        cache: dict[str, Any] = {"max_batch_size": num_requests, "cache_policy": cache_policy}
         try:
-            found = plan(model, machine, workload, num_requests=num_requests)
+            found = plan(model, machine, workload, num_requests=num_requests, gate=gate)
         except DoesNotFit as error:
             if not may_cache:
                 raise
-            return cached_instead(error, model, machine, workload, max_batch_size=num_requests).policy
-        return better_residency(found, max_batch_size=num_requests).policy if may_cache else found.policy
+            return cached_instead(error, model, machine, workload, **cache).policy
+        return better_residency(found, **cache).policy if may_cache else found.policy
     if system == "fastdecode":
-        found = plan(model, machine, workload, num_requests=num_requests, attention_on_gpu=False, ffn_on_gpu=True)
+        found = plan(
+            model, machine, workload, num_requests=num_requests, attention_on_gpu=False, ffn_on_gpu=True, gate=gate
+        )
         return found.policy
     policy = system_policy(system, model, machine, workload, max_batch_size=num_requests)
     while True:
         try:
-            check_fits(_need(system, model, workload, policy), machine)
+            check_fits(_need(system, model, workload, policy, gate), machine)
             return policy
         except DoesNotFit:
             single = check_system(system).single_batch
@@ -76,7 +99,7 @@ def choose_policy(
             policy = replace(policy, micro_batch_size=half, batch_size=half if single else policy.batch_size)
 
 
-def _need(system: str, model: MoEModel, workload: Workload, policy: Policy) -> Footprint:
+def _need(system: str, model: MoEModel, workload: Workload, policy: Policy, gate: Gate | None) -> Footprint:
     longest = workload.prompt_max
     return footprint(
         model,
@@ -89,6 +112,7 @@ def _need(system: str, model: MoEModel, workload: Workload, policy: Policy) -> F
         gen_len=workload.gen_len,
         attention_on_gpu=policy.attention_on_gpu,
         system=system,
+        gate=gate,
     ).at(policy.weights_on_gpu, policy.kv_on_gpu)
 
 
@@ -102,6 +126,7 @@ def check_memory(
     on_gpu: bool,
     device_memory: int | None = None,
     ranks: int = 1,
+    gate: Gate | None = None,
 ) -> None:
     """Raise `DoesNotFit` if any batch needs more than the budget or this machine has.
 
@@ -115,6 +140,8 @@ def check_memory(
         Budget of each device in bytes.
     ranks : int
         Processes that share this machine.
+    gate : Gate, optional
+        What brings tokens to experts, if it is not the executor's own gate.
     """
     if device_memory is not None and device_memory < 1:
         raise InvalidValue(f"'device_memory' must be >= 1: {device_memory}")
@@ -126,15 +153,19 @@ def check_memory(
     for number, groups in enumerate(found, start=1):
         gen_len = max(gen_lens[i] for group in groups for i in group)
         shape = BatchShape(tuple(tuple(prompt_lens[i] for i in group) for group in groups), gen_len)
-        need = batch_footprint(model, shape, policy, system=system)
+        need = batch_footprint(model, shape, policy, system=system, gate=gate)
         which = f"batch {number} of {len(found)}" if len(found) > 1 else "the batch"
         if device_memory is not None and need.gpu_bytes > device_memory:
             usable = f" ({GPU_USABLE:.0%} of the GPU's)" if on_gpu else ""
             smaller = "--weights-on-gpu" if policy.expert_slots is None else "--expert-slots"
+            gating, other = "", ""
+            if gate is not None and gate.name != "dynamic":
+                gating = f" ({format_bytes(need.gpu['gating'])} of it for {gate})"
+                other = ", take a lower --capacity-factor, or leave --gating out"
             raise DoesNotFit(
-                f"{which} needs {format_bytes(need.gpu_bytes)} of device memory, the budget is "
+                f"{which} needs {format_bytes(need.gpu_bytes)} of device memory{gating}, the budget is "
                 f"{format_bytes(device_memory)}{usable}. "
-                f"Raise --device-memory, or lower {smaller} or --micro-batch-size."
+                f"Raise --device-memory, or lower {smaller} or --micro-batch-size{other}."
             )
         host = need.cpu_bytes + (0 if on_gpu else need.gpu_bytes)
         if ranks * host > ram_bytes():
@@ -155,9 +186,9 @@ def auto_policy(
     device: torch.device,
     device_memory: int | None,
     link_bandwidth: float | None,
-    may_cache: bool = True,
+    **options: Any,
 ) -> Policy:
-    """Ask the planner for a policy for these requests on this machine, with or without expert caches."""
+    """Ask the planner for a policy for these requests on this machine; `options` are those of `choose_policy`."""
     from executor.probe import probe
 
     machine = hardware or probe(checkpoint.model, device=device)
@@ -181,6 +212,6 @@ def auto_policy(
         prompt_lens=tuple(sorted(prompt_lens, reverse=True)),
     )
     try:
-        return choose_policy(system, checkpoint.model, machine, workload, len(prompt_lens), may_cache=may_cache)
+        return choose_policy(system, checkpoint.model, machine, workload, len(prompt_lens), **options)
     except HrmError as error:
         raise type(error)(f"no policy found: {error}") from None

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 
@@ -14,7 +14,7 @@ from hrm.layers import Attention
 from hrm.pipeline import ACTIVATION_SLOTS
 from simulator.task import Op
 
-__all__ = ["Places", "prompt_spans"]
+__all__ = ["Places", "joined", "prompt_spans"]
 
 
 class Places:
@@ -202,3 +202,20 @@ def prompt_spans(state: Part, window: int | None, which: range) -> list[tuple[in
             begin = stop
         first += length
     return spans
+
+
+def joined(runs: Iterable[tuple[int, int, int]]) -> list[tuple[slice, slice]]:
+    """Runs of rows (first row here, first row there, rows) as slices, with runs that adjoin in both places made one.
+
+    Examples
+    --------
+    >>> joined([(0, 5, 2), (2, 7, 1), (4, 8, 1), (9, 9, 0)])
+    [(slice(0, 3, None), slice(5, 8, None)), (slice(4, 5, None), slice(8, 9, None))]
+    """
+    whole: list[tuple[int, int, int]] = []
+    for here, there, count in runs:
+        if whole and (here, there) == (whole[-1][0] + whole[-1][2], whole[-1][1] + whole[-1][2]):
+            whole[-1] = (*whole[-1][:2], whole[-1][2] + count)
+        elif count:
+            whole.append((here, there, count))
+    return [(slice(here, here + count), slice(there, there + count)) for here, there, count in whole]

@@ -43,7 +43,8 @@ class GenerationResult:
     busy_s: dict[str, float]
     """Seconds that each lane was at work."""
     expert_cache: dict[str, Any] | None = None
-    """With expert slots: accesses, hits, misses, bytes, and seconds that the device waited for experts."""
+    """With expert slots: accesses, hits, misses, bytes, and seconds that the device waited for experts. Under tensor
+    parallelism bytes of all ranks together, and ``bytes_per_rank``."""
     gating: dict[str, Any] | None = None
     """With a gate of the caller's: choices, dropped ones, rows computed and padded."""
     timelines: list[Timeline] = field(repr=False)

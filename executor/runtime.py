@@ -76,7 +76,15 @@ class Runtime:
         gating: GatingMeter | None = None,
     ) -> None:
         self._memory, self._weights, self._sizes = memory, weights, sizes
-        self.buffers = Buffers(checkpoint.local, checkpoint.dtype, memory, policy=policy, system=system, sizes=sizes)
+        self.buffers = Buffers(
+            checkpoint.local,
+            checkpoint.dtype,
+            memory,
+            policy=policy,
+            system=system,
+            sizes=sizes,
+            gate=None if gating is None else gating.gating.planned,
+        )
         self.places = Places(self.buffers, weights, memory.device)
         in_place = pinned or check_system(system).pinned_layers == 0
         self.transfers = Transfers(self.places, in_place=in_place, link_bandwidth=link_bandwidth)

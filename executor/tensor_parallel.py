@@ -65,7 +65,8 @@ def generate_on(
     -------
     GenerationResult
         Outputs and times of rank 0; ``peak_memory`` has the largest device and the sum over all ranks' host
-        buffers.
+        buffers. Of an expert cache, accesses and misses count whole experts, which all ranks bring together, each its
+        part: ``bytes`` is their sum, ``bytes_per_rank`` has each rank's.
 
     Raises
     ------
@@ -78,6 +79,7 @@ def generate_on(
     # Before the other ranks are told, so that they can still be asked something else.
     check_requests(prompts, gen_lens, mine.model)
     lengths = [len(prompt) for prompt in prompts]
+    gate = None if options.get("gating") is None else options["gating"].planned
     if not isinstance(policy, Policy):
         policy = policy_for(
             team,
@@ -88,10 +90,22 @@ def generate_on(
             hardware=hardware,
             device_memory=device_memory,
             link_bandwidth=link_bandwidth,
+            # Neither another gate nor an order by popularity goes with a cache.
+            may_cache=options.get("gating") is None and options.get("popularity") is None,
+            gate=gate,
+            **({"cache_policy": options["cache_policy"]} if "cache_policy" in options else {}),
         )
     check_runnable(system, policy)
     check_memory(
-        mine.local, lengths, gen_lens, policy, system=system, on_gpu=team.member.device != "cpu", ranks=team.world
+        mine.local,
+        lengths,
+        gen_lens,
+        policy,
+        system=system,
+        on_gpu=team.member.device != "cpu",
+        device_memory=device_memory,
+        ranks=team.world,
+        gate=gate,
     )
     if pinned_weights is None:
         # Each rank sees only its own; where all together lock too much, none does.
@@ -108,13 +122,19 @@ def generate_on(
     }
     result, *others = team.call(_generate, str(path.resolve()), [list(p) for p in prompts], job, **callbacks)
     assert isinstance(result, GenerationResult)
-    peaks = [result.peak_memory, *others]
+    ranks = [_facts(result), *others]
+    cache = result.expert_cache
+    if cache is not None:
+        # All ranks miss the same experts, and each brings its part of them.
+        brought = [rank["expert_bytes"] for rank in ranks]
+        cache = cache | {"bytes": sum(brought), "bytes_per_rank": brought}
     return replace(
         result,
         peak_memory={
-            "device_bytes": max(peak["device_bytes"] for peak in peaks),
-            "host_bytes": sum(peak["host_bytes"] for peak in peaks),
+            "device_bytes": max(rank["device_bytes"] for rank in ranks),
+            "host_bytes": sum(rank["host_bytes"] for rank in ranks),
         },
+        expert_cache=cache,
     )
 
 
@@ -129,6 +149,7 @@ def policy_for(
     part: Hardware | None = None,
     device_memory: int | None = None,
     link_bandwidth: float | None = DEFAULT_LINK_BANDWIDTH,
+    **options: Any,
 ) -> Policy:
     """Ask the planner: one rank's part of the model on one rank's part of the machine.
 
@@ -141,6 +162,8 @@ def policy_for(
     part : Hardware, optional
         Without `hardware`, what rank 0 has measured with its share of the cores while the others rested; by default
         it does so now.
+    **options
+        As those of `executor.placements.choose_policy`.
     """
     if hardware is None:
         from executor.probe import probe
@@ -158,6 +181,7 @@ def policy_for(
         device=pick_device(team.member.device),
         device_memory=device_memory,
         link_bandwidth=_share(team, link_bandwidth),
+        **options,
     )
 
 
@@ -168,10 +192,16 @@ def _share(team: Team, bandwidth: float | None) -> float | None:
 def _generate(
     member: Member, path: str, prompts: list[list[int]], job: dict[str, Any], **callbacks: Any
 ) -> GenerationResult | dict[str, int]:
-    """One rank's part of `generate_on`: the result on rank 0, on the others what memory they took."""
+    """One rank's part of `generate_on`: the result on rank 0, on the others what is added up over ranks."""
     checkpoint = Checkpoint.open(path, shard=member.shard)
     result = generate(checkpoint, prompts, device=member.device, reduce=member.reduce, **job, **callbacks)
-    return result if member.rank == 0 else result.peak_memory
+    return result if member.rank == 0 else _facts(result)
+
+
+def _facts(result: GenerationResult) -> dict[str, int]:
+    """What a rank's run took of its memory, and brought to its expert cache."""
+    cache = result.expert_cache
+    return result.peak_memory | {"expert_bytes": 0 if cache is None else cache["bytes"]}
 
 
 def share_of(machine: Hardware, world: int) -> Hardware:

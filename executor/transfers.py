@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 import torch
 
 from executor.lanes import Handler, PacedLink
-from executor.places import Places, prompt_spans
+from executor.places import Places, joined, prompt_spans
 from simulator.task import Op
 
 __all__ = ["Transfers"]
@@ -157,20 +157,17 @@ class Transfers:
         spans = prompt_spans(state, window, range(state.on_device, state.size))
         if not spans:
             return
-        count, width = sum(stop - start for start, stop, _ in spans), rows.shape[1]
-        landed = places.buffers.prompt_kv[: count * width].view(count, width)
-        if window is None:  # one run of rows
-            self._copy(self._down, landed, rows[spans[0][0] : spans[-1][1]], ready)
-        else:
-            at = 0
-            for start, stop, _ in spans:
-                self._copy(self._down, landed[at : at + stop - start], rows[start:stop], ready)
-                at += stop - start
-        self._land()
-        at = 0
-        for start, stop, target in spans:
-            arena[target : target + stop - start].copy_(landed[at : at + stop - start])
+        down, home, at = [], [], 0
+        for start, stop, row in spans:
+            down.append((start, at, stop - start))
+            home.append((at, row, stop - start))
             at += stop - start
+        landed = places.buffers.prompt_kv[: at * rows.shape[1]].view(at, rows.shape[1])
+        for source, target in joined(down):
+            self._copy(self._down, landed[target], rows[source], ready)
+        self._land()
+        for source, target in joined(home):
+            arena[target].copy_(landed[source])
 
     def store_kv(self, step: int, layer: int, part: int, ready: float) -> None:
         """StoreKV: new keys and values of the requests whose KV lies on the host."""
@@ -190,13 +187,14 @@ class Transfers:
         places.host_rows(layer)[(state.starts(window) + new)[first:]] = landed
 
     def _move_kv(self, step: int, layer: int, part: int, copy: Callable[[slice, slice], object]) -> None:
-        """Call `copy` with (rows in the host's arena, rows in the buffer) for each request whose KV travels."""
+        """Call `copy` with (rows in the host's arena, rows in the buffer) until all KV that travels has done so."""
         places = self._places
         state, window = places.part(part), places.attention[layer].window
         past = state.rows(places.decoded(step), window)[2].tolist()[state.on_device :]
         starts = state.starts(window).tolist()[state.on_device :]
-        for start, target, count in zip(starts, places.buffer_starts(layer, part)[0].tolist(), past, strict=True):
-            copy(slice(start, start + count), slice(target, target + count))
+        targets = places.buffer_starts(layer, part)[0].tolist()
+        for source, target in joined(zip(starts, targets, past, strict=True)):
+            copy(source, target)
 
     def stage_kv(self, step: int, layer: int, part: int, ready: float) -> None:
         """KVtoPin: the KV cache of a micro-batch to pinned memory."""

@@ -13,11 +13,13 @@ from experiments.options import (
     Capacity,
     NumberPair,
     OutFile,
+    cache_policy_option,
     executor_needed,
     json_option,
     paced_link_option,
     policy_of,
     policy_options,
+    popularity_option,
 )
 from experiments.output import emit, percentages, progress_bar
 from experiments.parallel import Ranks, tp_option
@@ -60,21 +62,12 @@ _BAR = "{desc}: {n:.0f}/{total:.0f} tokens [{elapsed}<{remaining}, {rate_noinv_f
     "--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Of random prompts and of sampling."
 )
 @policy_options
-@click.option(
-    "--cache-policy",
-    metavar="P",
-    help="With --expert-slots: which expert makes room for another (default: inactive-first-lifo).",
-)
+@cache_policy_option
 @click.option("--gating", metavar="static|tutel|dynamic", help="How tokens are brought to experts (default: dynamic).")
 @click.option(
     "--capacity-factor", type=float, metavar="C", help="With --gating: share of the tokens that one expert takes."
 )
-@click.option(
-    "--popularity",
-    type=click.Path(exists=True, dir_okay=False, path_type=Path),
-    metavar="TRACE",
-    help="A routing trace: experts that it shows to be popular are the ones that stay on the GPU.",
-)
+@popularity_option
 @click.option("--record-routing", type=OutFile((".npz",)), help="Write every token's choice of experts.")
 @click.option("--hardware", metavar="FILE", help="Choose the policy for this machine (default: probe it).")
 @DEVICE
@@ -132,6 +125,8 @@ def run_command(
         raise click.UsageError("--top-p needs --temperature T > 0; without it the likeliest token is taken.")
     policy = _policy(system, policy_values)
     experts = _caching(policy, cache_policy)
+    if experts and policy is None and (gating or popularity or system != "moe-lightning"):
+        raise click.UsageError("--cache-policy needs an expert cache; with these options the planner looks at none.")
     if gating is None and capacity_factor is not None:
         raise click.UsageError("--capacity-factor needs --gating static or --gating tutel.")
     shares = RoutingTrace.load(popularity).popularity() if popularity else None
@@ -191,6 +186,8 @@ def run_command(
                 device_memory=device_memory,
                 link_bandwidth=link_bandwidth,
                 may_cache=gating is None and shares is None,
+                gate=experts["gating"].planned if gating is not None else None,
+                **({"cache_policy": cache_policy} if cache_policy else {}),
             )
         gen_lens = [r.gen_len for r in waiting]
         bar = stack.enter_context(progress_bar(sum(gen_lens), "run", " tokens", bar_format=_BAR))
@@ -248,8 +245,8 @@ def _caching(policy: Policy | None, name: str | None) -> dict[str, Any]:
     """The cache's policy as an option of `generate`; refused by one line before anything is loaded."""
     if name is None:
         return {}
-    if policy is None or policy.expert_slots is None:
-        raise click.UsageError("--cache-policy needs --expert-slots K (and --batch-size), the cache that it rules.")
+    if policy is not None and policy.expert_slots is None:
+        raise click.UsageError("--cache-policy needs --expert-slots K, the cache that it rules.")
     if cache_policy_class(name).looks_ahead:
         raise InvalidValue(
             f"cache policy {name!r} needs to know the future; it replays traces only (hrm experts cache)."

@@ -13,17 +13,17 @@ from experiments.options import (
     Jobs,
     OutFile,
     json_option,
-    make_plan,
     plan_options,
-    simulate_plan,
-    simulated_plan,
 )
 from experiments.output import emit, percentages, progress_bar, save_figure, table
-from hrm import Workload
+from experiments.plans import make_plan, simulate_plan, simulated_plan
+from hrm import Plan, Workload
 from hrm.catalog import load_hardware, load_model, names
 from hrm.errors import DoesNotFit
 from hrm.model import DTYPE_BYTES
 from hrm.units import format_flops, format_seconds
+from simulator.cache_costs import ExpertCaching
+from simulator.experts.cache import DEFAULT_POLICY
 
 __all__ = ["plan_command", "roofline_command", "simulate_command", "sweep_command"]
 
@@ -207,9 +207,12 @@ def simulate_command(
     """Play the schedule task by task, under contention for memory, link and cores."""
     plan = make_plan(simulated=True, **options)
     keep = exact and bool(trace or timeline or gantt)
+    popular = options["popularity"] is not None and not plan.policy.ffn_on_gpu
+    cache = _cache_of(plan, options["cache_policy"], options["miss_rate"])
     prediction = simulate_plan(
-        plan, options["system"], mean_output=mean_output, exact=True if exact else None, keep_timeline=keep
-    )
+        plan, options["system"], mean_output=mean_output, exact=True if exact else None, keep_timeline=keep,
+        cache_policy=options["cache_policy"] or DEFAULT_POLICY, miss_rate=options["miss_rate"], popular=popular,
+    )  # fmt: skip
     if trace:
         prediction.timeline.save_trace(trace)
     if timeline:
@@ -220,7 +223,7 @@ def simulate_command(
         save_figure(gantt, lambda ax: draw(prediction.timeline, ax=ax), size=(14.0, 4.5))
     context = {"model": plan.model.name, "hardware": plan.hardware.name, "workload": plan.workload.name}
     context |= {"system": options["system"], "efficiency": plan.rate_set}
-    result = prediction.to_dict() | context | {"policy": plan.policy.to_dict()}
+    result = prediction.to_dict() | context | {"policy": plan.policy.to_dict(), "expert_cache": cache}
 
     def text() -> str:
         lines = [
@@ -233,6 +236,12 @@ def simulate_command(
             f"in {format_seconds(prediction.wall_s)}"
             + (f", sampling error about {prediction.sampling_error:.2%}" if prediction.sampling_error else ""),
         ]
+        if cache is not None:
+            lines.insert(
+                2,
+                f"  experts     {cache['slots']} slots per layer ({cache['policy']}): "
+                f"{cache['miss_rate']:.1%} of the active ones miss in decode",
+            )
         if options["system"] == "moe-lightning" and plan.solver != "simulation":
             lines.insert(3, f"  closed form {float(plan.estimate.throughput):.4g} tok/s")
         if prediction.played_tasks != prediction.num_tasks and (trace or timeline or gantt):
@@ -240,3 +249,13 @@ def simulate_command(
         return "\n".join(lines)
 
     emit(result, text, as_json=as_json)
+
+
+def _cache_of(found: Plan, policy: str | None, miss_rate: float | None) -> dict[str, Any] | None:
+    """Slots, policy and expected misses per active expert of a plan's expert cache; None without one."""
+    slots, ffn = found.policy.expert_slots, found.model.main_layer.ffn
+    if slots is None:
+        return None
+    cache = ExpertCaching(slots=slots, policy=policy or DEFAULT_POLICY, miss_rate=miss_rate)
+    rate = cache.decode_rate(ffn, found.policy.micro_batch_size)
+    return {"slots": slots, "policy": cache.policy, "miss_rate": rate}

@@ -12,6 +12,7 @@ import numpy as np
 
 from hrm.affine import KV_ON_GPU, KV_STREAMED, WEIGHTS_ON_GPU, WEIGHTS_STREAMED, Affine
 from hrm.errors import DoesNotFit, InvalidValue
+from hrm.gating import Gate
 from hrm.hardware import Hardware
 from hrm.model import MoEModel
 from hrm.operators import kv_shards
@@ -91,6 +92,7 @@ def footprint(
     num_gpus: int = 1,
     system: str = "moe-lightning",
     expert_slots: int | None = None,
+    gate: Gate | None = None,
 ) -> Footprint:
     """Memory of a run, affine in r_w and r_c.
 
@@ -109,6 +111,8 @@ def footprint(
     expert_slots : int, optional
         K of an expert cache: every routed layer keeps K experts on the GPU, and all of them on the host; pieces of
         experts on their way or in use take the place of the weight buffers.
+    gate : Gate, optional
+        Brings tokens to experts instead of the executor's own gate, whose temporaries are in the workspace.
 
     Returns
     -------
@@ -159,9 +163,13 @@ def footprint(
             cpu["pinned_kv"] = gpu["kv_buffers"]
     if expert_slots is not None:
         _add_cache(model, expert_slots, np.maximum(micro_batch_tokens, micro_batch_size), t, gpu, cpu)
+    if gate is not None:
+        gpu["gating"] = gate.bytes(model, np.maximum(micro_batch_tokens, micro_batch_size))
     if not ffn_on_gpu:
         widths = model.hidden_size + 2 * model.top_k * (model.hidden_size + 2 * model.intermediate_size)
         cpu["expert_workspace"] = micro_batch_size * widths * b
+        if gate is not None:
+            cpu["gating"] = gate.bytes(model, micro_batch_size)
         # States on their way to the CPU's experts with the choice of experts, and what the experts made of them.
         choice = 12.0 * model.top_k
         gpu["ffn_slots"] = ACTIVATION_SLOTS * micro_batch_size * (3 * model.hidden_bytes + choice)
@@ -217,7 +225,9 @@ def _pinned_layers(traits: System, num_micro_batches: Any) -> Any:
     return PINNED_PAGES / num_micro_batches
 
 
-def batch_footprint(model: MoEModel, batch: BatchShape, policy: Policy, *, system: str = "moe-lightning") -> Footprint:
+def batch_footprint(
+    model: MoEModel, batch: BatchShape, policy: Policy, *, system: str = "moe-lightning", gate: Gate | None = None
+) -> Footprint:
     """Memory of one batch with known prompt lengths: what the executor will allocate."""
     return footprint(
         model,
@@ -232,6 +242,7 @@ def batch_footprint(model: MoEModel, batch: BatchShape, policy: Policy, *, syste
         ffn_on_gpu=policy.ffn_on_gpu,
         system=system,
         expert_slots=policy.expert_slots,
+        gate=gate,
     ).at(policy.weights_on_gpu, policy.kv_on_gpu)
 
 

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from hrm.affine import Affine
+from hrm.gating import Gate
 from hrm.hardware import Hardware, Rates
 from hrm.latency import contexts, decode_steps
 from hrm.memory import footprint, usable_bytes
@@ -135,6 +136,7 @@ def workload_footprint(
     batch_size: Any = None,
     num_gpus: int = 1,
     expert_slots: int | None = None,
+    gate: Gate | None = None,
 ) -> Any:
     """Memory of a policy on a workload; with known lengths, for the heaviest micro-batch of Algorithm 2."""
     mu, g = micro_batch_size, num_micro_batches
@@ -156,6 +158,7 @@ def workload_footprint(
         ffn_on_gpu=place.ffn_on_gpu,
         num_gpus=num_gpus,
         expert_slots=expert_slots,
+        gate=gate,
     )
 
 
@@ -169,6 +172,7 @@ def throughput_problem(
     micro_batch: np.ndarray,
     micro_batches: np.ndarray,
     max_batch_size: int | None = None,
+    gate: Gate | None = None,
 ) -> Problem:
     """Whole-run throughput: prefill and decode, contexts of all steps by Simpson's rule.
 
@@ -176,6 +180,8 @@ def throughput_problem(
     ----------
     micro_batch, micro_batches : ndarray
         Sizes μ and numbers G to choose from, one-dimensional.
+    gate : Gate, optional
+        Whose masks and buffers need room, see `hrm.memory.footprint`.
     """
     mu, g = np.asarray(micro_batch, dtype=float)[:, None], np.asarray(micro_batches, dtype=float)[None, :]
     n = mu * g
@@ -186,7 +192,7 @@ def throughput_problem(
         prompt = prompt_tokens(workload, n) / n
     sizes = Sizes(micro_batch=mu, micro_batches=g, prompt_len=prompt)
     need = workload_footprint(
-        model, workload, place, micro_batch_size=mu, num_micro_batches=g, num_gpus=hardware.num_gpus
+        model, workload, place, micro_batch_size=mu, num_micro_batches=g, num_gpus=hardware.num_gpus, gate=gate
     )
     gpu_room, cpu_room = usable_bytes(hardware)
     return Problem(

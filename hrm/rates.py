@@ -159,6 +159,11 @@ class Rates:
                 if not (value >= 0 if overhead else value > 0):
                     raise InvalidConfig(f"rate {item.name!r} must be {'>=' if overhead else '>'} 0: {value}")
 
+    @property
+    def fetches_pageable(self) -> bool:
+        """Whether weights that a GPU fetches on demand lie in pageable memory, and pass through pinned memory first."""
+        return self.stages_weights and self.copy_bandwidth is None
+
     def with_link(self, bandwidth: float | None) -> Rates:
         """The same machine with a link of `bandwidth` bytes/s both ways (None: unchanged).
 

@@ -11,6 +11,7 @@ import numpy as np
 
 from hrm.bound import physical_bound
 from hrm.errors import DoesNotFit, InvalidValue, PolicyInfeasible
+from hrm.gating import Gate
 from hrm.hardware import Hardware, Rates
 from hrm.latency import Estimate, estimate, placement_of
 from hrm.memory import Footprint, check_fits, usable_bytes
@@ -52,6 +53,7 @@ def evaluate(
     efficiency: str | None = None,
     objective: Objective = "throughput",
     check: bool = True,
+    gate: Gate | None = None,
 ) -> Plan:
     """Predict a given policy instead of searching for one.
 
@@ -62,6 +64,8 @@ def evaluate(
         its program keeps other things elsewhere.
     objective : {"throughput", "paper"}
         A whole run as `hrm.latency.estimate` sees it, or the authors' decode throughput (`hrm.paper`).
+    gate : Gate, optional
+        As that of `plan`.
 
     Raises
     ------
@@ -76,8 +80,8 @@ def evaluate(
     if policy.kv_on_gpu > 0 and not policy.attention_on_gpu:
         raise InvalidValue(f"'kv_on_gpu' must be 0 where attention runs on the CPU: {policy.kv_on_gpu}")
     if objective == "throughput" and check:
-        check_fits(_policy_memory(model, hardware, workload, policy), hardware)
-    request = _Request(model, hardware, workload, rates, objective)
+        check_fits(_policy_memory(model, hardware, workload, policy, gate), hardware)
+    request = _Request(model, hardware, workload, rates, objective, gate)
     return request.answer(policy, started=started, evaluated=1, solver="none")
 
 
@@ -94,6 +98,7 @@ def plan(
     max_batch_size: int | None = None,
     num_requests: int | None = None,
     resolution: Literal["fine", "coarse"] = "fine",
+    gate: Gate | None = None,
 ) -> Plan:
     """Search all policies (N, μ, A_g, F_g, r_w, r_c) for the one with the highest predicted throughput.
 
@@ -119,6 +124,9 @@ def plan(
     resolution : {"fine", "coarse"}
         The whole grid; or a twelfth of it, and then all of its sizes near the best: in tests at most 3.3 % below the
         fine optimum, mostly under 1 % (for sweeps over many machines).
+    gate : Gate, optional
+        A gate that the run will use instead of the executor's own: its masks and buffers need room on the GPU. The
+        prediction's seconds do not know it.
 
     Returns
     -------
@@ -165,7 +173,9 @@ def plan(
             problems = [paper_problem(model, machine, rates, workload, max_batch_size=max_batch_size, **grids)]
         else:
             problems = [
-                throughput_problem(model, machine, rates, workload, place, max_batch_size=max_batch_size, **grids)
+                throughput_problem(
+                    model, machine, rates, workload, place, max_batch_size=max_batch_size, gate=gate, **grids
+                )
                 for place in placements(attention_on_gpu, ffn_on_gpu)
             ]
         if solver == "milp":
@@ -177,7 +187,7 @@ def plan(
         if found is None:
             _explain_infeasible(model, machine, workload, problems[0])
         evaluated = sum(int(np.broadcast_to(problem.allowed, problem.shape).sum()) for problem in problems)
-        request = _Request(model, machine, workload, rates, objective)
+        request = _Request(model, machine, workload, rates, objective, gate)
         return request.answer(_policy_of(found), started=begun, evaluated=evaluated, solver=solver)
 
     def coarse(machine: Hardware, around: Policy | None = None) -> Plan:
@@ -203,7 +213,9 @@ def plan(
     def again(machine: Hardware) -> Plan:
         """The best on a larger machine, which is at least this policy there."""
         found = coarse(machine, result.policy)
-        same = evaluate(model, machine, workload, result.policy, efficiency=result.rate_set, objective=objective)
+        same = evaluate(
+            model, machine, workload, result.policy, efficiency=result.rate_set, objective=objective, gate=gate
+        )
         return max(found, same, key=lambda one: one.estimate.throughput)
 
     return replace(result, _replan=again)
@@ -270,7 +282,9 @@ def _policy_of(found: Solution) -> Policy:
     return policy
 
 
-def _policy_memory(model: MoEModel, hardware: Hardware, workload: Workload, policy: Policy) -> Footprint:
+def _policy_memory(
+    model: MoEModel, hardware: Hardware, workload: Workload, policy: Policy, gate: Gate | None
+) -> Footprint:
     need: Footprint = workload_footprint(
         model,
         workload,
@@ -279,6 +293,7 @@ def _policy_memory(model: MoEModel, hardware: Hardware, workload: Workload, poli
         num_micro_batches=policy.num_micro_batches,
         batch_size=policy.batch_size,
         num_gpus=hardware.num_gpus,
+        gate=gate,
     )
     return need.at(policy.weights_on_gpu, policy.kv_on_gpu)
 
@@ -292,6 +307,7 @@ class _Request:
     workload: Workload
     rates: Rates
     objective: Objective
+    gate: Gate | None
 
     def answer(self, policy: Policy, *, started: float, evaluated: int, solver: str) -> Plan:
         """Everything that the model says of a policy."""
@@ -333,7 +349,8 @@ class _Request:
             gen_len=self.workload.gen_len,
             num_gpus=self.hardware.num_gpus,
         )
-        return result, _policy_memory(self.model, self.hardware, self.workload, policy), usable_bytes(self.hardware)
+        memory = _policy_memory(self.model, self.hardware, self.workload, policy, self.gate)
+        return result, memory, usable_bytes(self.hardware)
 
     def _by_the_authors(self, policy: Policy) -> tuple[Estimate, Footprint, tuple[float, float]]:
         if policy.attention_on_gpu or not policy.ffn_on_gpu:

@@ -2,7 +2,8 @@
 
 Of the experts that a micro-batch is expected to touch, a share misses the cache and crosses the link. The first piece
 has those that are there; the missing ones are spread over the others as the executor does it: as evenly as possible,
-and one each where they are fewer.
+and one each where they are fewer. How many miss is a trace's to say, or else the cache's policy's, replayed on routes
+drawn independently.
 """
 
 from __future__ import annotations
@@ -18,6 +19,8 @@ from hrm.model import MoEModel
 from hrm.operators import active_experts, expert_ffn
 from hrm.task_times import TaskTimes
 from simulator.expert_costs import addition_seconds, addition_work
+from simulator.experts.cache import cache_policy
+from simulator.experts.expected import independent_miss_rate, uniform_miss_rate
 from simulator.task import Op
 
 __all__ = ["ExpertCaching", "cached_seconds", "cached_work"]
@@ -29,25 +32,39 @@ class ExpertCaching:
 
     slots: int
     """K of every MoE layer."""
+    policy: str | None = None
+    """A key of `simulator.experts.cache.CACHE_POLICIES`; None: one that misses 1 - K/E, the fewest that are possible
+    without foresight under uniform routing."""
     miss_rate: float | None = None
-    """Misses per active expert in decode, from a trace (`simulator.experts`); None: tokens choose independently and
-    uniformly."""
+    """Misses per active expert in decode, from a trace (`simulator.experts`); None: those of the policy if tokens
+    choose independently, uniformly or as the model's routing histogram says."""
 
     def __post_init__(self) -> None:
         if self.miss_rate is not None and not 0 <= self.miss_rate <= 1:
             raise InvalidValue(f"'miss_rate' must be between 0 and 1: {self.miss_rate}")
+        if self.policy is not None:
+            cache_policy(self.policy)
 
-    def misses(self, ffn: FeedForward, prompt: bool, part: np.ndarray) -> Any:
-        """Misses per active expert of each micro-batch.
+    def decode_rate(self, ffn: FeedForward, tokens: float) -> float:
+        """Misses per active expert of a micro-batch of `tokens` tokens in decode."""
+        return self._independent(ffn, tokens) if self.miss_rate is None else self.miss_rate
 
-        Under uniform routing an active expert is in the cache with probability K/E if nothing leaves that the
-        micro-batch still needs; no policy without foresight does better, some (LRU, FIFO) do worse. The first
-        micro-batch of all finds an empty cache.
+    def misses(self, ffn: FeedForward, prompt: bool, tokens: np.ndarray) -> np.ndarray:
+        """Misses per active expert of each micro-batch, [micro-batches].
+
+        The first micro-batch of all finds an empty cache. Prompts miss what the policy misses in micro-batches of so
+        many independent tokens, whatever a trace says of decode.
         """
-        uniform = max(0.0, 1 - self.slots / ffn.num_experts)
-        if prompt:
-            return np.where(part == 0, 1.0, uniform)
-        return uniform if self.miss_rate is None else self.miss_rate
+        if not prompt:
+            return np.array([self.decode_rate(ffn, count) for count in tokens])
+        return np.array([1.0, *(self._independent(ffn, count) for count in tokens[1:])])
+
+    def _independent(self, ffn: FeedForward, tokens: float) -> float:
+        if self.policy is None:
+            return uniform_miss_rate(ffn.num_experts, self.slots)
+        return independent_miss_rate(
+            self.policy, self.slots, tokens, num_experts=ffn.num_experts, top_k=ffn.top_k, routing=ffn.routing
+        )
 
 
 def _spread(count: np.ndarray, pieces: int) -> np.ndarray:
@@ -63,7 +80,7 @@ def _pieces(
     if not ffn.routed:  # stays on the device, and the first piece computes it
         return np.zeros(len(tokens) * pieces), np.tile(np.arange(pieces) == 0, len(tokens)).astype(float)
     active = active_experts(ffn, tokens)
-    missing = active * caching.misses(ffn, prompt, np.arange(len(tokens)))
+    missing = active * caching.misses(ffn, prompt, tokens)
     misses = np.column_stack([np.zeros(len(tokens)), _spread(missing, pieces - 1)])
     each = misses.copy()
     each[:, 0] = active - missing
@@ -105,15 +122,24 @@ def cached_work(
 def cached_seconds(
     times: TaskTimes, tokens: np.ndarray, layer: Layer, caching: ExpertCaching, pieces: int, *, prompt: bool
 ) -> dict[Op, Any]:
-    """Seconds of these tasks, each alone; parameters as those of `cached_work`."""
+    """Seconds of these tasks, each alone; parameters as those of `cached_work`.
+
+    A GPU copies an expert from pageable memory in two steps, one after the other: the driver's copy to pinned memory,
+    at the rate of the staging copy, and the transfer. (Drivers overlap the two for large copies, some better than
+    others; this is the slow end.)
+    """
     rates, ffn = times.rates, layer.ffn
     misses, share = _pieces(caching, ffn, tokens, pieces, prompt)
-    expert = ffn.expert_parameters * times.model.expert_element_bytes / times.num_gpus
+    # GPUs that share an expert share the link, too.
+    expert = ffn.expert_parameters * times.model.expert_element_bytes
+    brought = rates.transfer_s + expert / rates.h2d_bandwidth
+    if rates.fetches_pageable:
+        brought += expert / rates.staging_bandwidth
     computed = np.repeat(times.gpu_experts(tokens, layer), pieces) * share
     choices = 8.0 * tokens * (ffn.top_k if ffn.routed else 0)
     return {
         Op.OFFLOAD_ROUTES: times.d2h(choices),
-        Op.LOAD_E: rates.task_s + misses * (rates.transfer_s + expert / rates.h2d_bandwidth),
+        Op.LOAD_E: rates.task_s + misses * brought,
         Op.EXPERTS: rates.task_s + computed,
         Op.ADD_FFN: rates.task_s + addition_seconds(times, tokens, layer),
     }

@@ -434,6 +434,8 @@ class Costing:
         copies_by_core = rates.copy_bandwidth is not None
         dram[copies] *= 2 if copies_by_core else 1
         dram[staging] *= 2
+        if rates.fetches_pageable:
+            dram[ops == Op.LOAD_E.code] *= 3  # copied to pinned memory, and read there once more
         if not copies_by_core:
             dram[~(copies | staging | on_cpu)] = 0.0
         # One task alone never runs slower than alone, whatever the capacity says.

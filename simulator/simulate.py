@@ -19,6 +19,7 @@ from simulator.cache_costs import ExpertCaching
 from simulator.costs import Costing, Costs
 from simulator.early_exits import EarlyExits, make_costing
 from simulator.engine import Played, Program, play, play_segments, warm_up
+from simulator.experts.cache import DEFAULT_POLICY
 from simulator.loop import Loop, find_loop
 from simulator.schedules import ScheduleFamily, schedule_builder
 from simulator.task import LANES, Op, Schedule
@@ -121,6 +122,7 @@ def simulate(
     exact: bool | None = None,
     contention: bool = True,
     keep_timeline: bool = False,
+    cache_policy: str = DEFAULT_POLICY,
     miss_rate: float | None = None,
     popular: bool = False,
 ) -> Prediction:
@@ -145,9 +147,12 @@ def simulate(
         Whether lanes share memory bandwidth, link and cores.
     keep_timeline : bool
         Hold start and end of all tasks even of a long run; without it memory does not grow with the steps.
+    cache_policy : str
+        With an expert cache (`Policy.expert_slots`), which expert makes room for another, see
+        `simulator.experts.cache`. Without a miss rate it is replayed on routes drawn independently: uniformly, or by
+        the model's routing histogram.
     miss_rate : float, optional
-        With an expert cache (`Policy.expert_slots`), misses per active expert in decode, as a trace shows them
-        (`simulator.experts`); by default those of uniform routing.
+        Misses per active expert in decode, as a trace shows them (`simulator.experts`); takes the place of that.
     popular : bool
         Of experts that are computed where they lie, the resident ones are the most popular by the model's routing
         histogram (`MoEModel.with_routing`), as ``hrm run --popularity`` has it.
@@ -174,7 +179,8 @@ def simulate(
         "num_gpus": num_gpus,
         "system": system,
         "contention": contention,
-        "caching": policy.expert_slots and ExpertCaching(slots=policy.expert_slots, miss_rate=miss_rate),
+        "caching": policy.expert_slots
+        and ExpertCaching(slots=policy.expert_slots, policy=cache_policy, miss_rate=miss_rate),
         "popular": popular,
     }
     loop = _loop_of(build, steps)

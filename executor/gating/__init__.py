@@ -11,16 +11,16 @@ References
 
 from executor.gating.base import Experts, Gating, GatingStats
 from executor.gating.dynamic import DynamicGating
-from executor.gating.ffn import ExpertLoop, ExpertStack, gated_ffn
-from executor.gating.make import GATINGS, make_gating
+from executor.gating.ffn import ExpertLoop, gated_ffn
+from executor.gating.make import make_gating
 from executor.gating.static import StaticGating
 from executor.gating.tutel import TutelGating
+from hrm.gating import GATINGS
 
 __all__ = [
     "GATINGS",
     "DynamicGating",
     "ExpertLoop",
-    "ExpertStack",
     "Experts",
     "Gating",
     "GatingStats",

@@ -11,14 +11,13 @@ from typing import ClassVar
 import torch
 
 from hrm.errors import InvalidValue
+from hrm.gating import GATINGS, Gate
 
 __all__ = [
     "Experts",
     "Gating",
     "GatingStats",
     "RunExperts",
-    "capacity_of",
-    "check_capacity_factor",
     "count_choices",
     "slots",
 ]
@@ -111,6 +110,13 @@ class Gating(ABC):
     """A way to bring tokens to the experts that a router chose for them, and what experts make of them back."""
 
     name: ClassVar[str]
+    capacity_factor: float | None = None
+    """C, where every expert gets the same number of rows and the gate was told how many."""
+
+    @property
+    def planned(self) -> Gate | None:
+        """What planning counts its memory by; None for gates that it does not know."""
+        return Gate(self.name, self.capacity_factor) if self.name in GATINGS else None
 
     @abstractmethod
     def __call__(
@@ -142,28 +148,6 @@ class Gating(ABC):
 
     def __repr__(self) -> str:
         return f"<{self.name} gating>"
-
-
-def check_capacity_factor(factor: float) -> float:
-    """`factor` as a float; raises `InvalidValue` unless it is a fraction of the tokens."""
-    if isinstance(factor, bool) or not isinstance(factor, int | float) or not 0 < factor <= 1:
-        raise InvalidValue(
-            f"'capacity_factor' must be above 0 and at most 1, the fraction of a batch's tokens that one expert takes: "
-            f"{factor!r}"
-        )
-    return float(factor)
-
-
-def capacity_of(factor: float, tokens: int) -> int:
-    """Rows of every expert, C·S rounded up.
-
-    Examples
-    --------
-    >>> capacity_of(0.05, 60), capacity_of(0.05, 61), capacity_of(0.07, 100)
-    (3, 4, 7)
-    """
-    # 0.07 * 100 is a little more than 7.
-    return math.ceil(factor * tokens - 1e-9)
 
 
 def slots(expert_index: torch.Tensor, num_experts: int) -> tuple[torch.Tensor, torch.Tensor]:

@@ -18,18 +18,16 @@ from executor.gating.sizes import LayerShape, gating_sizes
 from executor.kernels import ExpertWeights
 from executor.machine import OtherLoad
 from hrm.errors import DoesNotFit, InvalidValue
+from hrm.gating import GATING_VARIANTS
 from hrm.units import format_bytes
 
-__all__ = ["VARIANTS", "Layer", "draw_choices", "largest_batch", "measure", "variants"]
-
-VARIANTS = ("static", "tutel", "tutel-adaptive", "dynamic")
-"""Gates that are compared; the first two with the layer's capacity factor."""
+__all__ = ["Layer", "draw_choices", "largest_batch", "measure", "variants"]
 
 _DRAW = 256
 """Tokens whose choices are drawn at a time, so that a smaller batch is the beginning of a larger one."""
 
 
-def variants(shape: LayerShape, names: Sequence[str] = VARIANTS) -> dict[str, Gating]:
+def variants(shape: LayerShape, names: Sequence[str] = GATING_VARIANTS) -> dict[str, Gating]:
     """Gates by name, at a layer's capacity factor."""
     known = {
         "static": make_gating("static", capacity_factor=shape.capacity_factor),

@@ -11,7 +11,7 @@ from executor.gating.base import Gating, GatingStats
 from executor.kernels import ExpertWeights, moe_ffn, run_expert
 from hrm.pipeline import FFN_CHUNK_ROWS
 
-__all__ = ["Activation", "ExpertLoop", "ExpertStack", "gated_ffn"]
+__all__ = ["Activation", "ExpertLoop", "gated_ffn"]
 
 Activation = Callable[[torch.Tensor], torch.Tensor]
 """``[rows, 2I]`` to ``[rows, I]``; for experts of two matrices ``[rows, I]`` to ``[rows, I]``."""
@@ -32,41 +32,6 @@ class ExpertLoop:
                 chunk.copy_(run_expert(chunk, expert, self.activation))
             start += count
         return rows
-
-
-@dataclass(frozen=True, slots=True)
-class ExpertStack:
-    """Experts whose matrices lie in one tensor: equal numbers of rows are one batched product, others a loop."""
-
-    gate_up: torch.Tensor
-    """[E, 2I, H]; [E, I, H] for experts of two matrices."""
-    down: torch.Tensor
-    """[E, H, I]"""
-    activation: Activation
-    gate_up_bias: torch.Tensor | None = None
-    """[E, 2I] or [E, I]"""
-    down_bias: torch.Tensor | None = None
-    """[E, H]"""
-
-    def __call__(self, rows: torch.Tensor, counts: Sequence[int]) -> torch.Tensor:
-        """See `executor.gating.base.RunExperts`."""
-        if len(set(counts)) > 1:
-            return ExpertLoop(self.views(), self.activation)(rows, counts)
-        batch = rows.view(len(counts), counts[0], rows.shape[1])
-        hidden = self.activation(self._product(batch, self.gate_up, self.gate_up_bias))
-        return self._product(hidden, self.down, self.down_bias).view_as(rows)
-
-    def views(self) -> list[ExpertWeights]:
-        """Every expert's part of the stack."""
-        nothing = [None] * len(self.down)
-        up = nothing if self.gate_up_bias is None else list(self.gate_up_bias)
-        down = nothing if self.down_bias is None else list(self.down_bias)
-        return [ExpertWeights([self.gate_up[e]], [self.down[e]], up[e], down[e]) for e in range(len(self.down))]
-
-    @staticmethod
-    def _product(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-        y = torch.bmm(x, weight.transpose(1, 2))
-        return y if bias is None else y.add_(bias[:, None])
 
 
 def gated_ffn(

@@ -6,12 +6,10 @@ from executor.gating.base import Gating
 from executor.gating.dynamic import DynamicGating
 from executor.gating.static import StaticGating
 from executor.gating.tutel import TutelGating
-from hrm.errors import InvalidValue, UnknownName
+from hrm.errors import InvalidValue
+from hrm.gating import check_gating
 
-__all__ = ["GATINGS", "make_gating"]
-
-GATINGS = ("static", "tutel", "dynamic")
-"""Names that `make_gating` takes."""
+__all__ = ["make_gating"]
 
 
 def make_gating(name: str, *, capacity_factor: float | None = None) -> Gating:
@@ -33,14 +31,13 @@ def make_gating(name: str, *, capacity_factor: float | None = None) -> Gating:
     >>> make_gating("static", capacity_factor=0.05)
     <static gating, capacity 0.05 of the tokens>
     """
+    check_gating(name)
     if name == "static":
         if capacity_factor is None:
             raise InvalidValue("static gating needs a 'capacity_factor', such as 0.05; 1 drops nothing.")
         return StaticGating(capacity_factor)
     if name == "tutel":
         return TutelGating(capacity_factor)
-    if name == "dynamic":
-        if capacity_factor is not None:
-            raise InvalidValue(f"dynamic gating has no capacity; leave 'capacity_factor' out: {capacity_factor!r}")
-        return DynamicGating()
-    raise UnknownName.of("gating", name, GATINGS)
+    if capacity_factor is not None:
+        raise InvalidValue(f"dynamic gating has no capacity; leave 'capacity_factor' out: {capacity_factor!r}")
+    return DynamicGating()

@@ -5,11 +5,11 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from executor.gating.base import Gating, capacity_of
+from executor.gating.base import Gating
 from executor.gating.static import StaticGating
 from executor.gating.tutel import TutelGating
 from hrm.errors import InvalidValue
-from hrm.pipeline import FFN_CHUNK_ROWS
+from hrm.gating import capacity_of, peak_bytes
 
 __all__ = ["LM", "MT", "GatingSizes", "LayerShape", "gating_sizes"]
 
@@ -102,30 +102,26 @@ def gating_sizes(
         factor = gating.capacity_factor
         capacity = fullest if factor is None else capacity_of(factor, tokens)
     rows = choices if capacity is None else shape.num_experts * capacity
-    longest = min(FFN_CHUNK_ROWS, fullest if capacity is None else capacity)
-    kept = choices - dropped
     mask = tokens * rows if isinstance(gating, StaticGating) else 0  # elements of one
-    # Of index tensors a gate holds per_choice bytes: places, tokens and orders of 8 bytes each, and flags.
-    buffer, out, experts = rows * h, tokens * h, longest * (shape.intermediate + h)
-    phases: tuple[int, ...]
-    if isinstance(gating, StaticGating):
-        assert capacity is not None
-        per_choice = 10
-        one_hot = choices * (shape.num_experts + capacity)
-        phases = (2 * mask + one_hot, 2 * mask + buffer, mask + buffer + experts, mask + buffer + out)
-    elif capacity is not None:
-        per_choice = 35
-        phases = (buffer + kept * h, buffer + experts, buffer + kept * h + out)
-    else:
-        per_choice = 16
-        phases = (buffer + experts, buffer + out)
     return GatingSizes(
         capacity=capacity,
         rows=rows,
         waste_factor=rows / choices if choices else math.nan,
         mask_bytes=2 * mask * itemsize,
-        buffer_bytes=buffer * itemsize,
+        buffer_bytes=rows * h * itemsize,
         expert_flops=4 * rows * h * shape.intermediate,
         dispatch_flops=4 * mask * h,
-        peak_bytes=max(phases) * itemsize + per_choice * choices,
+        peak_bytes=int(
+            peak_bytes(
+                gating.name,
+                tokens,
+                num_experts=shape.num_experts,
+                top_k=shape.top_k,
+                hidden=h,
+                expert_width=shape.intermediate + h,
+                fullest=fullest if capacity is None else capacity,
+                dropped=dropped,
+                itemsize=itemsize,
+            )
+        ),
     )

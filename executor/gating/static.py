@@ -6,7 +6,8 @@ from typing import ClassVar
 
 import torch
 
-from executor.gating.base import Experts, Gating, GatingStats, RunExperts, capacity_of, check_capacity_factor, slots
+from executor.gating.base import Experts, Gating, GatingStats, RunExperts, slots
+from hrm.gating import capacity_of, check_capacity_factor
 
 __all__ = ["StaticGating"]
 
@@ -29,6 +30,7 @@ class StaticGating(Gating):
     """
 
     name: ClassVar[str] = "static"
+    capacity_factor: float
 
     def __init__(self, capacity_factor: float) -> None:
         self.capacity_factor = check_capacity_factor(capacity_factor)

@@ -6,7 +6,8 @@ from typing import ClassVar
 
 import torch
 
-from executor.gating.base import Experts, Gating, GatingStats, RunExperts, capacity_of, check_capacity_factor, slots
+from executor.gating.base import Experts, Gating, GatingStats, RunExperts, slots
+from hrm.gating import capacity_of, check_capacity_factor
 
 __all__ = ["TutelGating"]
 

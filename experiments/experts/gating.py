@@ -15,6 +15,7 @@ from experiments.experts.gating_report import measured_text, predicted_text, wri
 from experiments.options import COUNT, Capacity, executor_needed, json_option
 from experiments.output import emit, make_folder, progress_bar
 from hrm.errors import DoesNotFit, InvalidValue
+from hrm.gating import GATING_VARIANTS
 from hrm.units import MAX_SIZE, format_bytes
 
 if TYPE_CHECKING:
@@ -22,7 +23,6 @@ if TYPE_CHECKING:
 
 __all__ = ["gating_command"]
 
-_VARIANTS = ("static", "tutel", "tutel-adaptive", "dynamic")
 _MEASURED = (64, 256)
 _PREDICTED = (512, 2048)
 _SCALE = 4
@@ -54,7 +54,7 @@ def _tokens(text: str) -> int:
 
 
 def _variant(text: str) -> str:
-    if text not in _VARIANTS:
+    if text not in GATING_VARIANTS:
         raise ValueError
     return text
 
@@ -82,8 +82,8 @@ def _variant(text: str) -> str:
 @click.option(
     "--gating",
     "names",
-    type=_List(_variant, f"of {', '.join(_VARIANTS)}"),
-    default=",".join(_VARIANTS),
+    type=_List(_variant, f"of {', '.join(GATING_VARIANTS)}"),
+    default=",".join(GATING_VARIANTS),
     show_default=True,
     metavar="G[,G...]",
 )

@@ -10,7 +10,7 @@ from typing import Any
 from experiments.output import plain, table
 from hrm.units import format_bytes, format_seconds
 
-__all__ = ["draw_rows", "measured_text", "predicted_text", "write_files"]
+__all__ = ["draw_rows", "measured_cells", "measured_text", "predicted_text", "write_files"]
 
 
 def measured_text(result: Mapping[str, Any]) -> str:
@@ -21,36 +21,8 @@ def measured_text(result: Mapping[str, Any]) -> str:
         f"I {shape['intermediate']}, capacity {shape['capacity_factor']:g} of the tokens; "
         f"{weights['distinct_experts']} distinct experts in {format_bytes(weights['bytes'])} of {weights['dtype']}"
     )
-    cells = [
-        [
-            row["gating"],
-            row["tokens"],
-            format_seconds(row["seconds"]),
-            f"{row['tokens_per_s']:.4g}",
-            format_bytes(row["peak_bytes"]),
-            format_bytes(row["computed_bytes"]),
-            format_bytes(row["mask_bytes"]),
-            format_bytes(row["buffer_bytes"]),
-            f"{row['waste_factor']:.3g}",
-            row["dropped"],
-            f"{(row['expert_flops'] + row['dispatch_flops']) / 1e9:.4g}",
-        ]
-        for row in result["rows"]
-    ]
-    titles = [
-        "gating",
-        "tokens",
-        "time",
-        "tokens/s",
-        "peak",
-        "computed",
-        "masks",
-        "buffer",
-        "waste",
-        "dropped",
-        "GFLOP",
-    ]
-    text = f"{head}\n{table(titles, cells)}"
+    shown = [measured_cells(row) for row in result["rows"]]
+    text = f"{head}\n{table(list(shown[0]), [list(row.values()) for row in shown])}"
     ratios = _ratios(result["rows"])
     if ratios:
         text += "\n" + "\n".join(ratios)
@@ -60,6 +32,23 @@ def measured_text(result: Mapping[str, Any]) -> str:
         cells = [[name, at["tokens"], format_bytes(at["peak_bytes"])] for name, at in found.items()]
         text += f"\n\n{table([f'within {budget}', 'tokens', 'peak'], cells)}"
     return text
+
+
+def measured_cells(row: Mapping[str, Any]) -> dict[str, Any]:
+    """A measured row as it is shown, by column title."""
+    return {
+        "gating": row["gating"],
+        "tokens": row["tokens"],
+        "time": format_seconds(row["seconds"]),
+        "tokens/s": f"{row['tokens_per_s']:.4g}",
+        "peak": format_bytes(row["peak_bytes"]),
+        "computed": format_bytes(row["computed_bytes"]),
+        "masks": format_bytes(row["mask_bytes"]),
+        "buffer": format_bytes(row["buffer_bytes"]),
+        "waste": f"{row['waste_factor']:.3g}",
+        "dropped": row["dropped"],
+        "GFLOP": f"{(row['expert_flops'] + row['dispatch_flops']) / 1e9:.4g}",
+    }
 
 
 def predicted_text(result: Mapping[str, Any]) -> str:

@@ -9,9 +9,10 @@ from __future__ import annotations
 from dataclasses import dataclass, field, replace
 from functools import cache
 
+from hrm.gating import GatingName
 from hrm.hardware import Hardware
 from hrm.model import MoEModel
-from simulator.experts.gating_cost import Buffering, Cluster, Gating, Program
+from simulator.experts.gating_cost import Buffering, Cluster, Program
 from simulator.experts.gating_model import DenseProgram, Pass, PassCost, dense_twin, pass_cost
 
 __all__ = [
@@ -147,7 +148,7 @@ def run(
     """
     assume = assume or Assumptions()
     dense, machine = gating == "dense", cluster(nodes, assume)
-    kind: Gating = "dynamic" if dense else gating  # type: ignore[assignment]
+    kind: GatingName = "dynamic" if dense else gating  # type: ignore[assignment]
     return pass_cost(
         model_of(case, dense=dense),
         machine,

@@ -13,6 +13,7 @@ from typing import Any, TypeVar
 from hrm.errors import HrmError, InvalidConfig, UnknownName
 from hrm.hardware import Hardware
 from hrm.model import MoEModel
+from hrm.systems import SYSTEMS as TRAITS
 from hrm.units import MAX_SIZE, brief
 from hrm.workload import Workload
 
@@ -31,13 +32,8 @@ __all__ = [
     "throughput_rows",
 ]
 
-SYSTEMS = {
-    "moe-lightning": "MoE-Lightning",
-    "flexgen": "FlexGen",
-    "flexgen-c": "FlexGen(c)",
-    "deepspeed-zero": "DeepSpeed ZeRO-Inference",
-}
-"""Systems by the names that files use, with the paper's."""
+SYSTEMS = {name: TRAITS[name].title for name in ("moe-lightning", "flexgen", "flexgen-c", "deepspeed-zero")}
+"""Published systems by the names that files use, with the paper's."""
 
 SPLITS = ("calibration", "prediction", "second run", "repeats Fig. 7")
 JUDGED = ("calibration", "prediction")

@@ -9,16 +9,13 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
-from typing import Literal
 
-from hrm.errors import InvalidValue, UnknownName
+from hrm.errors import InvalidValue
+from hrm.gating import GatingName, capacity_of, check_capacity_factor, check_gating
 from hrm.layers import FeedForward
 from simulator.experts.cluster import Cluster
 
-__all__ = ["GATINGS", "Buffering", "Cluster", "Gating", "GatingCost", "Program", "expert_capacity", "gating_cost"]
-
-Gating = Literal["static", "tutel", "dynamic"]
-GATINGS: tuple[Gating, ...] = ("static", "tutel", "dynamic")
+__all__ = ["Buffering", "Cluster", "GatingCost", "Program", "gating_cost"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,7 +80,7 @@ class Buffering:
 class GatingCost:
     """One MoE layer."""
 
-    gating: Gating
+    gating: GatingName
     seconds: dict[str, float] = field(default_factory=dict)
     """By term: gate, mask, dispatch, exchange, experts, combine, copies."""
     activation_bytes: float = 0.0
@@ -104,24 +101,11 @@ class GatingCost:
         return self.rows / self.needed_rows
 
 
-def expert_capacity(tokens: int, capacity_factor: float) -> int:
-    """Slots of every expert for the S tokens of one GPU: C·S, rounded up.
-
-    Examples
-    --------
-    >>> expert_capacity(4096, 0.05)
-    205
-    """
-    if not 0 < capacity_factor <= 1:
-        raise InvalidValue(f"'capacity_factor' must lie above 0 and be at most 1: {capacity_factor}")
-    return math.ceil(capacity_factor * tokens - 1e-9)
-
-
 def gating_cost(
     ffn: FeedForward,
     cluster: Cluster,
     tokens: int,
-    gating: Gating,
+    gating: GatingName,
     *,
     capacity_factor: float = 1.0,
     adaptive_capacity: float | None = None,
@@ -159,8 +143,7 @@ def gating_cost(
     ----------
     arXiv 2303.06182, the sections on dynamic gating and expert buffering.
     """
-    if gating not in GATINGS:
-        raise UnknownName.of("gating", gating, GATINGS)
+    check_gating(gating)
     if tokens < 1:
         raise InvalidValue(f"'tokens' must be >= 1: {tokens}")
     if not 1 <= busiest <= cluster.devices:
@@ -176,7 +159,7 @@ def gating_cost(
     layer = _Layer(ffn, cluster, tokens, element_bytes, program or Program())
     if gating == "dynamic":
         return layer.dynamic(busiest, active_share, buffering)
-    capacity = expert_capacity(tokens, capacity_factor)
+    capacity = capacity_of(check_capacity_factor(capacity_factor), tokens)
     if gating == "static":
         return layer.static(capacity)
     if adaptive_capacity is not None:
@@ -306,7 +289,7 @@ class _Layer:
         """Masks of 8-byte integers that the gate holds."""
         return 8.0 * 8 * self.tokens * self.ffn.num_experts
 
-    def _cost(self, gating: Gating, seconds: dict[str, float], activation: float, rows: float) -> GatingCost:
+    def _cost(self, gating: GatingName, seconds: dict[str, float], activation: float, rows: float) -> GatingCost:
         return GatingCost(
             gating=gating, seconds=seconds, activation_bytes=activation, rows=float(rows),
             needed_rows=float(self.tokens * self.ffn.top_k),

@@ -7,9 +7,10 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 from hrm.errors import DoesNotFit, InvalidValue
+from hrm.gating import GatingName
 from hrm.layers import Attention, Layer
 from hrm.model import MoEModel
-from simulator.experts.gating_cost import Buffering, Cluster, Gating, GatingCost, Program, gating_cost
+from simulator.experts.gating_cost import Buffering, Cluster, GatingCost, Program, gating_cost
 
 __all__ = ["DenseProgram", "Pass", "PassCost", "dense_twin", "largest_batch", "pass_cost", "weight_bytes"]
 
@@ -137,7 +138,7 @@ def pass_cost(
     model: MoEModel,
     cluster: Cluster,
     work: Pass,
-    gating: Gating,
+    gating: GatingName,
     *,
     capacity_factor: float = 1.0,
     adaptive_capacity: float | None = None,

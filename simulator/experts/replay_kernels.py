@@ -226,6 +226,85 @@ def belady(experts, offsets, num_experts, slots, missed):  # type: ignore[no-unt
         leaves[slot] = following[i]
 
 
+_BLOCK = 16_384
+"""Experts whose squared shares, of at most 2**16 each, add up within 32 bits."""
+
+
+@_compiled
+def _forget(share, forget):  # type: ignore[no-untyped-def]
+    """What is left of every share if its expert was not used, in place; the sum of squares of the shares before.
+
+    Without a branch, in 32 bits and from 0 on, which vector registers do many at a time.
+    """
+    forget = forget & 31
+    whole = np.int64(0)
+    for first in range(0, len(share), _BLOCK):
+        part = share[first : first + _BLOCK]
+        squares = np.int32(0)
+        for i in range(len(part)):
+            off = np.int32(part[i] >> 8)
+            squares = np.int32(squares + np.int32(off * off))
+        for i in range(len(part)):
+            part[i] = np.int32(part[i] + np.int32(np.int32(-part[i]) >> forget))
+        whole += squares
+    return whole
+
+
+@_compiled
+def _likeness_votes(met, before, weights, given):  # type: ignore[no-untyped-def]
+    """What every batch looked back on gives to the experts of the one after it, in `given`; the sum of all.
+
+    From the experts that it has in common with this batch, `met`, and that the batches before the two have, `before`.
+    """
+    count = len(met)
+    best = np.int32(1)
+    for j in range(count):
+        likeness = np.int32(np.int32(2 * met[j]) + before[j])
+        given[j] = likeness
+        best = max(best, likeness)
+    scale = (64 << 16) // np.int64(best)
+    total = 0
+    passed = 0
+    for j in range(count):
+        passed = weights[(np.int64(given[j]) * scale) >> 16] + (passed >> 1)
+        given[j] = passed
+        total += passed
+    return total
+
+
+@_compiled
+def _vote_one_by_one(votes, experts, batch_of, given, first):  # type: ignore[no-untyped-def]
+    """Add ``given[b - first]`` to the votes of the expert of every access, whose batch is b."""
+    for i in range(len(experts)):
+        # Unsigned indices need no look at whether they count from the end.
+        expert, batch = np.uint32(experts[i]), np.uint32(batch_of[i] - first)
+        votes[expert] = np.int32(votes[expert] + given[batch])
+
+
+@_compiled
+def _vote_by_rows(votes, masks, given, row, count):  # type: ignore[no-untyped-def]
+    """Add ``given[j]`` to the votes of the experts in each of `count` rows of the ring after `row`; zeros follow.
+
+    To all experts at once, in vector registers, and four rows at a time.
+    """
+    last = len(masks) - 1
+    for j in range(0, count, 4):
+        row = row + 1 if row < last else 0
+        mask_0, add_0 = masks[row], given[j]
+        row = row + 1 if row < last else 0
+        mask_1, add_1 = masks[row], given[j + 1]
+        row = row + 1 if row < last else 0
+        mask_2, add_2 = masks[row], given[j + 2]
+        row = row + 1 if row < last else 0
+        mask_3, add_3 = masks[row], given[j + 3]
+        if not (add_0 | add_1 | add_2 | add_3):
+            continue
+        for expert in range(len(votes)):
+            one = np.int32(np.int32(add_0 & mask_0[expert]) + np.int32(add_1 & mask_1[expert]))
+            two = np.int32(np.int32(add_2 & mask_2[expert]) + np.int32(add_3 & mask_3[expert]))
+            votes[expert] = np.int32(votes[expert] + np.int32(one + two))
+
+
 @_compiled
 def next_use(  # type: ignore[no-untyped-def]
     experts, offsets, num_experts, slots, missed, window, one, short, long, latest, judge, weights
@@ -234,98 +313,80 @@ def next_use(  # type: ignore[no-untyped-def]
     ring = window + 1
     past = np.zeros((ring, words), np.uint64)
     masks = np.zeros((ring, num_experts), np.int32)
-    common = np.zeros(ring, np.int64)
-    before = np.zeros(ring, np.int64)
-    alike = np.zeros(ring, np.int64)
-    lately = np.zeros(num_experts, np.int64)
-    overall = np.zeros(num_experts, np.int64)
-    grown = np.zeros((num_experts, 2), np.int64)
+    # Of the batches that are looked back on, oldest first, and of those before them.
+    common = np.zeros(ring, np.int32)
+    before = np.zeros(ring, np.int32)
+    given = np.zeros(window + 3, np.int32)
+    # Which batch every access was of, and the access before it to the same expert; fewer than 2**31 of either.
+    batch_of = np.empty(len(experts), np.int32)
+    earlier = np.empty(len(experts), np.int32)
+    newest = np.full(num_experts, -1, np.int32)
+    lately = np.zeros(num_experts, np.int32)
+    overall = np.zeros(num_experts, np.int32)
+    grown = np.zeros((num_experts, 2), np.int32)
     short_explains = np.int64(0)
     long_explains = np.int64(0)
     votes = np.zeros(num_experts, np.int32)
-    active = np.full(num_experts, -1, np.int64)
     slot_of = np.full(num_experts, -1, np.int64)
-    held = np.full(slots, -1, np.int64)
+    held = np.zeros(slots, np.uint32)
     # What stays longest has most: a pending resident more than any other, and of several the lowest id.
     pending = np.int64(2**62)
     stays = np.zeros(slots, np.int64)
-    now = np.zeros(words, np.uint64)
     used = 0
     for b in range(len(offsets) - 1):
-        now[:] = 0
+        begin, end = offsets[b], offsets[b + 1]
         row = b % ring
         if b >= ring:
             for i in range(offsets[b - ring], offsets[b - ring + 1]):
                 masks[row, experts[i]] = 0
-        for i in range(offsets[b], offsets[b + 1]):
-            active[experts[i]] = b
+        now = past[row]
+        now[:] = 0
+        for i in range(begin, end):
             masks[row, experts[i]] = -1
             now[experts[i] >> 6] |= np.uint64(1) << np.uint64(experts[i] & 63)
-        past[row] = now
+        count = min(b, window)
+        oldest = b - count
+        # Until the window is full, the oldest batch stays the same: the next one finds these moved by one.
         common, before = before, common
-        for row in range(min(b, ring)):
-            shared = 0
-            for w in range(words):
-                shared += _ones(past[row, w] & now[w])
-            common[row] = shared
-        best = 1
-        row = max(0, b - window) % ring
-        last = before[(row + window) % ring] if b > window else 0
-        for _ in range(min(b, window)):
-            alike[row] = 2 * common[row] + last
-            best = max(best, alike[row])
-            last = before[row]
-            row = row + 1 if row < window else 0
-        scale = (64 << 16) // best
-        votes[:] = 0
-        total = 0
-        passed = 0
-        row = max(0, b - window) % ring
-        for other in range(max(0, b - window), b):
-            passed = weights[(alike[row] * scale) >> 16] + (passed >> 1)
-            row = row + 1 if row < window else 0
-            if passed == 0:
-                continue
-            total += passed
-            first, stop = offsets[other + 1], offsets[other + 2]
-            if 8 * (stop - first) < num_experts:
-                for i in range(first, stop):
-                    votes[experts[i]] += passed
-            else:
-                # Adding to all experts at once, most of them in vector registers, is faster than to some.
-                mask = masks[row]
-                add = np.int32(passed)
-                for expert in range(num_experts):
-                    votes[expert] += add & mask[expert]
-        short_met, long_met, short_whole, long_whole = 0, 0, 1, 1
-        for i in range(offsets[b], offsets[b + 1]):
+        met = common[1 : 1 + count] if b < window else common[:count]
+        if 4 * (end - begin) * (begin - offsets[oldest]) < count * words * num_experts:
+            # Few accesses: each finds those before it to the same expert.
+            met[:] = 0
+            for i in range(begin, end):
+                at = newest[experts[i]]
+                while at >= offsets[oldest]:
+                    met[batch_of[at] - oldest] += np.int32(1)
+                    at = earlier[at]
+        else:
+            row = oldest % ring
+            for j in range(count):
+                shared = 0
+                for w in range(words):
+                    shared += _ones(past[row, w] & now[w])
+                met[j] = shared
+                row = row + 1 if row < window else 0
+        for i in range(begin, end):
+            batch_of[i] = b
+            earlier[i] = newest[experts[i]]
+            newest[experts[i]] = i
+        short_met, long_met = 0, 0
+        for i in range(begin, end):
             expert = experts[i]
             short_met += lately[expert] >> 8
             long_met += overall[expert] >> 8
             grown[expert, 0] = lately[expert] + ((one - lately[expert]) >> short)
             grown[expert, 1] = overall[expert] + ((one - overall[expert]) >> long)
-        # First all as if none were active, without a branch, which vector registers can do; then the active ones.
-        for expert in range(num_experts):
-            off = lately[expert] >> 8
-            short_whole += off * off
-            lately[expert] += -lately[expert] >> short
-        for expert in range(num_experts):
-            off = overall[expert] >> 8
-            long_whole += off * off
-            overall[expert] += -overall[expert] >> long
-        for i in range(offsets[b], offsets[b + 1]):
+        # First all as if none were active; then the active ones.
+        short_whole, long_whole = 1 + _forget(lately, short), 1 + _forget(overall, long)
+        for i in range(begin, end):
             lately[experts[i]] = grown[experts[i], 0]
             overall[experts[i]] = grown[experts[i], 1]
         short_explains += (short_met * short_met << 8) // short_whole - (short_explains >> judge)
         long_explains += (long_met * long_met << 8) // long_whole - (long_explains >> judge)
         share = overall if long_explains > short_explains else lately
-        for s in range(used):
-            expert = held[s]
-            if active[expert] == b:
-                stays[s] = pending + num_experts - 1 - expert
-            else:
-                stays[s] = votes[expert] * one + (total + 1) * share[expert]
-        for i in range(offsets[b], offsets[b + 1]):
+        ranked = False
+        total = 0
+        for i in range(begin, end):
             expert = experts[i]
             slot = slot_of[expert]
             if slot < 0:
@@ -334,6 +395,25 @@ def next_use(  # type: ignore[no-untyped-def]
                     slot = used
                     used += 1
                 else:
+                    if not ranked:
+                        # Nobody is ranked before somebody has to leave.
+                        ranked = True
+                        total = _likeness_votes(met, before, weights, given)
+                        votes[:] = 0
+                        if count and 12 * (end - offsets[oldest]) < count * num_experts:
+                            seen = slice(offsets[oldest + 1], end)
+                            _vote_one_by_one(votes, experts[seen], batch_of[seen], given, oldest + 1)
+                        else:
+                            given[count : count + 3] = 0
+                            _vote_by_rows(votes, masks, given, oldest % ring, count)
+                        for s in range(slots):
+                            stays[s] = votes[held[s]] * one + (total + 1) * share[held[s]]
+                        for other in range(begin, end):
+                            s = slot_of[experts[other]]
+                            if s >= 0 and other > i:
+                                stays[s] = pending + num_experts - 1 - experts[other]
+                            elif s >= 0:
+                                stays[s] += (total + 1) * latest
                     slot = 0
                     least = stays[0]
                     for s in range(1, slots):
@@ -343,4 +423,5 @@ def next_use(  # type: ignore[no-untyped-def]
                     slot_of[held[slot]] = -1
                 held[slot] = expert
                 slot_of[expert] = slot
-            stays[slot] = votes[expert] * one + (total + 1) * (share[expert] + latest)
+            if ranked:
+                stays[slot] = votes[expert] * one + (total + 1) * (share[expert] + latest)

@@ -25,6 +25,9 @@ from hrm.policy import Policy
 from hrm.problem import prompt_tokens, workload_footprint
 from hrm.units import format_bytes
 from hrm.workload import Workload
+from simulator.cache_costs import ExpertCaching
+from simulator.experts.cache import DEFAULT_POLICY
+from simulator.experts.expected import uniform_miss_rate
 from simulator.simulate import Prediction, simulate
 from simulator.task import Lane
 
@@ -77,14 +80,18 @@ def evaluate_cached(
     policy: Policy,
     *,
     efficiency: str | None = None,
+    cache_policy: str = DEFAULT_POLICY,
     miss_rate: float | None = None,
 ) -> Plan:
     """Predict a policy with expert slots, by simulation.
 
     Parameters
     ----------
+    cache_policy : str
+        Which expert makes room for another, see `simulator.experts.cache`.
     miss_rate : float, optional
-        Misses per active expert in decode, as a trace shows them; by default those of uniform routing.
+        Misses per active expert in decode, as a trace shows them; by default those of the policy if tokens choose
+        independently.
 
     Raises
     ------
@@ -96,7 +103,13 @@ def evaluate_cached(
     check_fits(need, hardware)
     rates = hardware.rates(efficiency)
     batch = batch_of(workload, policy)
-    prediction = simulate(model, rates, policy, batch, num_gpus=hardware.num_gpus, miss_rate=miss_rate)
+    cache = ExpertCaching(slots=policy.expert_slots or 1, policy=cache_policy, miss_rate=miss_rate)
+    prediction = simulate(
+        model, rates, policy, batch, num_gpus=hardware.num_gpus, cache_policy=cache_policy, miss_rate=miss_rate
+    )
+    ffn = model.main_layer.ffn
+    # No bound may lie below what is predicted: popular experts, or foresight, beat uniform routing's 1 - K/E.
+    fewest = min(cache.decode_rate(ffn, policy.micro_batch_size), uniform_miss_rate(ffn.num_experts, cache.slots))
     return Plan(
         model=model,
         hardware=hardware,
@@ -112,7 +125,7 @@ def evaluate_cached(
             prompt_len=float(prompt_tokens(workload, policy.batch_size)) / policy.batch_size,
             gen_len=workload.gen_len,
             num_gpus=hardware.num_gpus,
-            miss_rate=miss_rate,
+            miss_rate=fewest if miss_rate is None else miss_rate,
         ),
         rate_set=rates.provenance,
         evaluated=1,
@@ -129,6 +142,7 @@ def plan_cached(
     max_batch_size: int,
     attention_on_gpu: bool | None = None,
     efficiency: str | None = None,
+    cache_policy: str = DEFAULT_POLICY,
     miss_rate: MissRate | None = None,
 ) -> Plan:
     """The best policy with an expert cache among a few sizes, each with as many slots as fit.
@@ -139,8 +153,10 @@ def plan_cached(
         Largest N.
     attention_on_gpu : bool, optional
         Only policies with attention there; by default either.
+    cache_policy : str
+        As that of `evaluate_cached`.
     miss_rate : callable, optional
-        Of (tokens of a batch, slots), from a trace; by default uniform routing.
+        Of (tokens of a batch, slots), from a trace; by default as `evaluate_cached` has it.
 
     Raises
     ------
@@ -154,7 +170,9 @@ def plan_cached(
     for policy in _candidates(model, hardware, workload, max_batch_size, places):
         looked += 1
         rate = None if miss_rate is None else miss_rate(policy.micro_batch_size, policy.expert_slots or 0)
-        found = evaluate_cached(model, hardware, workload, policy, efficiency=efficiency, miss_rate=rate)
+        found = evaluate_cached(
+            model, hardware, workload, policy, efficiency=efficiency, cache_policy=cache_policy, miss_rate=rate
+        )
         if best is None or found.estimate.throughput > best.estimate.throughput:
             best = found
     if best is None:

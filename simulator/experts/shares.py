@@ -6,7 +6,7 @@ import numpy as np
 
 from simulator.experts.trace import RoutingTrace
 
-__all__ = ["batch_shares", "correlations", "mean_shares"]
+__all__ = ["batch_shares", "correlations", "mean_shares", "typical_popularity"]
 
 
 def batch_shares(trace: RoutingTrace, batch: int | None = None) -> np.ndarray:
@@ -36,3 +36,13 @@ def mean_shares(trace: RoutingTrace, batch: int | None) -> np.ndarray:
     if batch is None and trace.batch_starts is None:
         batch = trace.num_tokens
     return batch_shares(trace, batch).mean(axis=0)
+
+
+def typical_popularity(trace: RoutingTrace) -> np.ndarray:
+    """Share of the choices of a layer like the trace's that falls on every expert, [E]; for `MoEModel.with_routing`.
+
+    Every layer has its own favourites, and what counts is how uneven they are: the mean over layers is taken rank by
+    rank. Ranks are dealt out to experts at random, always in the same way, since caches ask for experts by id.
+    """
+    by_rank = np.sort(trace.popularity(), axis=1).mean(axis=0)
+    return np.random.default_rng(0).permutation(by_rank)

@@ -12,6 +12,7 @@ import numpy as np
 
 from hrm.errors import InvalidValue
 from simulator.experts.cache import CACHE_POLICIES, DEFAULT_POLICY, ExpertCache, cache_policy
+from simulator.experts.expected import uniform_miss_rate
 from simulator.experts.placement import Placement
 from simulator.experts.replay import layer_accesses, replay
 from simulator.experts.trace import RoutingTrace
@@ -227,25 +228,6 @@ def decode_miss_rate(trace: RoutingTrace, slots: int, *, most_tokens: int, polic
     if not accesses:
         raise InvalidValue(f"no batch of the trace has at most {most_tokens} tokens.")
     return misses / accesses
-
-
-def uniform_miss_rate(num_experts: int, slots: int) -> float:
-    """The miss rate under uniform routing, batches independent of each other: 1 - K/E, whatever the batch.
-
-    A batch asks for each of its experts once, so that a hit is an expert that lay there when the batch began. What lies
-    there then was chosen without knowing the batch; of a uniform active set of a experts it holds a K/E on average. No
-    policy that cannot see beyond the batch does better. One that evicts nothing that the batch still needs does as
-    well: "inactive-first-lifo" where no batch uses more than K experts, "next-use" but for the rare batch that begins
-    with all slots needed. The first loads of an empty cache come on top, at most K of them.
-
-    Examples
-    --------
-    >>> uniform_miss_rate(64, 16)
-    0.75
-    """
-    if num_experts < 1 or slots < 1:
-        raise InvalidValue(f"'num_experts' and 'slots' must be >= 1: {num_experts}, {slots}")
-    return 1.0 - min(slots, num_experts) / num_experts
 
 
 def _rate(misses: Any, accesses: Any) -> float:

@@ -21,7 +21,7 @@ from hrm.errors import InvalidValue, UnknownName
 from simulator.experts.statistics import STATISTICS, trace_statistics
 from simulator.experts.trace import RoutingTrace
 
-__all__ = ["SYNTHETIC", "Knobs", "Routing", "find_knobs", "synthesize", "synthetic_trace"]
+__all__ = ["SYNTHETIC", "Knobs", "Routing", "draw_choices", "find_knobs", "synthesize", "synthetic_trace"]
 
 _compiled: Callable[[Callable[..., Any]], Callable[..., Any]] = njit(cache=True, nogil=True)
 
@@ -281,6 +281,24 @@ def _layer(routing: Routing, knobs: Knobs, batches: int, random: np.random.Gener
     cumulative = np.cumsum(np.maximum(weights, 1e-9), axis=1)
     chosen = np.empty((batches * routing.batch_tokens, routing.top_k), dtype=np.int32)
     _choose(cumulative, routing.batch_tokens, chosen, random)
+    return chosen
+
+
+def draw_choices(shares: np.ndarray, top_k: int, tokens: int, random: np.random.Generator) -> np.ndarray:
+    """Choices of tokens that know nothing of each other, [tokens, k], distinct for every token.
+
+    Parameters
+    ----------
+    shares : ndarray, [E]
+        Probability that a token is sent to each expert; they add up to k. Exact where they are equal; otherwise very
+        nearly met.
+    top_k, tokens : int
+    random : numpy.random.Generator
+    """
+    # As if every expert rang after a time of its own and the first k were taken: shares are those that ring by 1.
+    weights = -np.log1p(-np.minimum(shares, 1 - 1e-9))
+    chosen = np.empty((tokens, top_k), dtype=np.int32)
+    _choose(np.cumsum(np.maximum(weights, 1e-12))[None], tokens, chosen, random)
     return chosen
 
 

@@ -8,17 +8,22 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from executor.checkpoint import Checkpoint
+from executor.families import Routed
+from executor.families.common import CommonLayer
 from executor.generate import generate
 from executor.recording import RouteRecorder
-from hrm import Policy
+from hrm import Hardware, Policy
 from hrm.errors import DoesNotFit, HrmError, InvalidValue
 from hrm.memory import batch_footprint
 from hrm.pipeline import BatchShape
+from simulator import simulate
 from simulator.experts.cache import CACHE_POLICIES, ExpertCache
+from simulator.experts.synthesis import draw_choices
 from simulator.experts.trace import RoutingTrace
 from simulator.task import Op
 from tests.executor.conftest import Prompts
@@ -77,6 +82,33 @@ def test_misses_are_those_of_the_recorded_trace(tiny: Checkpoint, name: str) -> 
     assert result.expert_cache["hits"] + result.expert_cache["misses"] == active
     ffn = tiny.model.main_layer.ffn
     assert result.expert_cache["bytes"] == result.expert_cache["misses"] * ffn.expert_parameters * 4
+
+
+@pytest.mark.parametrize("name", ONLINE)
+@pytest.mark.parametrize(("micro", "slots", "skew"), [(1, 4, 0.0), (3, 3, 0.0), (2, 3, 1.0)])
+def test_predicted_misses_are_those_of_a_run(
+    tiny: Checkpoint, monkeypatch: pytest.MonkeyPatch, name: str, micro: int, slots: int, skew: float
+) -> None:
+    """Where tokens choose independently, the simulator's bytes of decode are those that the executor counts."""
+    count, top_k = tiny.model.num_experts, tiny.model.top_k
+    shares = 1 / np.arange(1, count + 1) ** skew
+    shares *= top_k / shares.sum()
+    numbers = np.random.default_rng(5)
+
+    def route(self: CommonLayer, hidden: torch.Tensor) -> Routed:
+        index = torch.from_numpy(draw_choices(shares, top_k, len(hidden), numbers)).long()
+        return Routed(self.module.post_attention_layernorm(hidden), index, torch.full(index.shape, 1 / top_k))
+
+    monkeypatch.setattr(CommonLayer, "route", route)
+    policy = Policy(batch_size=6, micro_batch_size=micro, expert_slots=slots)
+    prompts = [[1 + i] * 8 for i in range(6)]
+    result = generate(tiny, prompts, gen_len=60, policy=policy, device="cpu", link_bandwidth=None, cache_policy=name)
+    assert result.expert_cache is not None
+    model = tiny.model.with_routing(shares.tolist()) if skew else tiny.model
+    rates, shape = Hardware.from_catalog("gcp-l4-1x").rates(), BatchShape.uniform(6, micro, 8, 60)
+    played = simulate(model, rates, policy, shape, cache_policy=name, exact=True, keep_timeline=True).timeline
+    predicted = float(played.bytes[played.schedule.mask(Op.LOAD_E)].sum())
+    assert predicted == pytest.approx(result.expert_cache["bytes"], rel=0.06)
 
 
 def test_the_timeline_carries_the_bytes_that_were_missed(tiny: Checkpoint) -> None:
@@ -161,8 +193,6 @@ def test_popularity_of_another_model_is_refused(tiny: Checkpoint) -> None:
 
 def test_a_run_that_fails_leaves_an_empty_cache(tiny: Checkpoint, monkeypatch: pytest.MonkeyPatch) -> None:
     """After an error in mid-run the next job starts from an empty cache and is right."""
-    import torch
-
     from executor.expert_cache import DeviceExperts
     from executor.generate import Executor
 

@@ -12,8 +12,6 @@ from hypothesis import strategies as st
 
 from executor.gating import (
     DynamicGating,
-    ExpertLoop,
-    ExpertStack,
     Gating,
     GatingStats,
     StaticGating,
@@ -225,20 +223,6 @@ def test_a_dense_layer_needs_no_gate(gating: Gating) -> None:
     out, stats = gated_ffn(x, index, weight, experts, torch.relu, gating)
     torch.testing.assert_close(out, moe_ffn(x, index, weight, experts, torch.relu))
     assert (stats.choices, stats.rows, stats.padded) == (5, 5, 0)
-
-
-@pytest.mark.parametrize("biased", [False, True])
-@pytest.mark.parametrize("gating", ALL, ids=repr)
-def test_stacked_experts_compute_the_same(gating: Gating, biased: bool) -> None:
-    """Experts in one tensor give what a loop over them gives, by a batched product where all get equally many rows."""
-    torch.manual_seed(0)
-    up, down = torch.randn(5, 2 * _I, _H), torch.randn(5, _H, _I)
-    biases = (torch.randn(5, 2 * _I), torch.randn(5, _H)) if biased else (None, None)
-    stack = ExpertStack(up, down, _silu_gate, *biases)
-    inputs = _inputs(9, 5, 2)
-    stacked, _ = gating(*inputs, stack, 5)
-    looped, _ = gating(*inputs, ExpertLoop(stack.views(), _silu_gate), 5)
-    torch.testing.assert_close(stacked, looped, rtol=1e-4, atol=1e-4)
 
 
 def test_counts_of_several_calls_add_up() -> None:

@@ -22,6 +22,7 @@ from executor.sampling import Sampling
 from executor.tensor_parallel import generate_on, policy_for, share_of
 from hrm import Hardware, Policy
 from hrm.errors import DoesNotFit, InvalidValue
+from hrm.gating import Gate
 from tests.executor.family_configs import CONFIGS
 
 _PROMPTS = [[(29 * i + 7 * j * j + 3) % 160 for j in range(n)] for i, n in enumerate((13, 5, 20, 9, 2, 11, 7))]
@@ -193,6 +194,31 @@ def test_mistakes_do_not_end_a_team(
         generate_on(team, olmoe, [[1]], gen_len=1, policy=policy)
     result = generate_on(team, folder("mixtral"), _PROMPTS[:2], gen_len=2, policy=policy)
     assert result.outputs == [output[:2] for output in whole("mixtral")[:2]]
+
+
+def test_cached_experts_are_counted_over_all_ranks(
+    team: Team, folder: Callable[[str], Path], whole: Callable[..., list[list[int]]]
+) -> None:
+    """All ranks miss the same experts and bring their parts: together the bytes of whole experts."""
+    policy = Policy(batch_size=4, micro_batch_size=2, expert_slots=2)
+    options: dict[str, Any] = {"gen_len": _GEN_LEN, "policy": policy, "link_bandwidth": None}
+    alone = generate(str(folder("mixtral")), _PROMPTS, device="cpu", **options)
+    result = generate_on(team, folder("mixtral"), _PROMPTS, **options)
+    assert result.outputs == alone.outputs == whole("mixtral")
+    one, cache = alone.expert_cache, result.expert_cache
+    assert one is not None and cache is not None
+    assert (cache["accesses"], cache["misses"]) == (one["accesses"], one["misses"])
+    assert len(cache["bytes_per_rank"]) == team.world
+    assert cache["bytes"] == sum(cache["bytes_per_rank"]) == one["bytes"]
+
+
+def test_the_planner_is_told_what_a_run_excludes(team: Team, folder: Callable[[str], Path]) -> None:
+    """Where a cache is out of the question, the ranks' planner does not choose one; with a gate it leaves room."""
+    checkpoint = Checkpoint.open(folder("mixtral"), shard=team.member.shard)
+    machine = Hardware.from_catalog("cpu-2core")
+    gate = Gate("static", 1.0)
+    policy = policy_for(team, checkpoint, [20], 2, hardware=machine, may_cache=False, gate=gate)
+    assert policy.expert_slots is None
 
 
 def test_planned_policies_fit(team: Team, folder: Callable[[str], Path]) -> None:

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from simulator.experts.synthesis import draw_choices
 from simulator.experts.trace import RoutingTrace
 
 pytest.importorskip("torch")
@@ -100,6 +101,20 @@ def test_bad_options_are_one_line(run: Any, args: tuple[object, ...], words: str
     assert done.code == 2 and words in done.err and len(done.err.strip().splitlines()) == 1
 
 
+def test_the_planner_of_a_run_is_told_the_cache_policy(run: Any) -> None:
+    """Without a typed policy the planner may choose a cache and gets its rule; where it may not, that is one line."""
+    assert run("--cache-policy", "lru", "--hardware", "cpu-2core", policy=()).code == 0
+    done = run("--cache-policy", "lru", "--gating", "dynamic", policy=())
+    assert done.code == 2 and "the planner looks at none" in done.err
+
+
+def test_a_gate_that_does_not_fit_is_one_line(run: Any) -> None:
+    """Masks and buffers are counted before the run, and the line says what to do about them."""
+    done = run("--gating", "static", "--capacity-factor", 1, "--device-memory", "400KiB")
+    assert done.code == 3 and "for static gating" in done.err and "--gating out" in done.err
+    assert len(done.err.strip().splitlines()) == 1
+
+
 def test_a_trace_of_another_model_is_refused(run: Any, tmp_path: Path) -> None:
     """Popularity of other layers or experts is one line."""
     trace = RoutingTrace(experts=np.zeros((3, 1, 1), dtype=int), num_experts=4).save(tmp_path / "other.npz")
@@ -116,3 +131,75 @@ def test_a_cache_is_planned_by_simulation(hrm: Any, command: str) -> None:
     if command == "plan":
         chosen = json.loads(hrm(command, *base, "--ffn-on-gpu", 1, "--max-batch-size", 2).out)
         assert chosen["policy"]["expert_slots"] > 8 and chosen["search"]["solver"] == "simulation"
+
+
+_QWEN = ("--model", "qwen3-30b-a3b", "--hardware", "gcp-l4-1x", "--workload", "64,8")
+_CACHE = ("--batch-size", 8, "--expert-slots", 32)
+
+
+@pytest.mark.parametrize("command", ["plan", "simulate"])
+def test_predictions_know_policy_and_miss_rate(hrm: Any, command: str) -> None:
+    """A worse policy is slower; a miss rate that was measured takes the place of the policy's."""
+
+    def speed(*options: object) -> float:
+        found = json.loads(hrm(command, *_QWEN, *_CACHE, *options, "--json").out)
+        return float(found["throughput_tok_s"] if command == "simulate" else found["predicted"]["throughput_tok_s"])
+
+    assert speed("--cache-policy", "lru") < speed() < speed("--miss-rate", 0.05)
+    assert speed("--miss-rate", 0.05) == pytest.approx(speed("--miss-rate", 0.05, "--cache-policy", "fifo"), rel=0.1)
+
+
+def test_simulate_says_what_it_takes_the_cache_to_miss(hrm: Any) -> None:
+    """Slots, policy and misses per active expert, as a line and in JSON; without a cache there is nothing to say."""
+    found = json.loads(hrm("simulate", *_QWEN, *_CACHE, "--cache-policy", "lfu", "--json").out)["expert_cache"]
+    assert (found["slots"], found["policy"]) == (32, "lfu") and 0.5 < found["miss_rate"] < 1
+    assert "32 slots per layer (inactive-first-lifo)" in hrm("simulate", *_QWEN, *_CACHE).out
+    assert json.loads(hrm("simulate", *_QWEN, "--batch-size", 8, "--json").out)["expert_cache"] is None
+
+
+def test_popular_experts_are_simulated(hrm: Any, tmp_path: Path) -> None:
+    """With a trace, a cache misses less; with experts where they lie, more of the work is the GPU's."""
+    shares = 8 / (1 + np.arange(128)) / (1 / (1 + np.arange(128))).sum()
+    chosen = draw_choices(shares, 8, 400, np.random.default_rng(0))
+    trace = RoutingTrace(experts=chosen[:, None], num_experts=128).save(tmp_path / "routes.npz")
+    for options in (_CACHE, ("--batch-size", 8, "--ffn-on-gpu", 0, "--weights-on-gpu", 0.2)):
+        plain, popular = (
+            json.loads(hrm("simulate", *_QWEN, *options, *more, "--json").out)["throughput_tok_s"]
+            for more in ((), ("--popularity", trace))
+        )
+        assert popular > plain
+
+
+@pytest.mark.parametrize(
+    ("args", "words"),
+    [
+        (("--cache-policy", "lru"), "--expert-slots"),
+        (("--batch-size", 4, "--miss-rate", 0.3), "--expert-slots"),
+        ((*_CACHE, "--miss-rate", 1.5), "--miss-rate"),
+        ((*_CACHE, "--miss-rate", "nan"), "miss_rate"),
+        ((*_CACHE, "--cache-policy", "lruu"), "Did you mean 'lru'"),
+        ((*_CACHE, "--popularity", "nowhere.npz"), "nowhere.npz"),
+    ],
+)
+@pytest.mark.parametrize("command", ["plan", "simulate"])
+def test_bad_cache_options_are_one_line(hrm: Any, command: str, args: tuple[object, ...], words: str) -> None:
+    """Options of a cache without one, and values that make no sense."""
+    done = hrm(command, *_QWEN, *args)
+    assert done.code == 2 and words in done.err and len(done.err.strip().splitlines()) == 1
+
+
+def test_a_trace_of_other_experts_is_refused_by_predictions(hrm: Any, tmp_path: Path) -> None:
+    """One line for a histogram of another number of experts."""
+    trace = RoutingTrace(experts=np.zeros((3, 1, 1), dtype=int), num_experts=4).save(tmp_path / "other.npz")
+    done = hrm("simulate", *_QWEN, *_CACHE, "--popularity", trace)
+    assert done.code == 2 and "needs 128 counts" in done.err
+
+
+def test_the_planner_takes_the_cache_policy(hrm: Any) -> None:
+    """A search that may choose a cache predicts it with the policy and the miss rate that were given."""
+    base = (*_QWEN, "--ffn-on-gpu", 1, "--max-batch-size", 2, "--json")
+    speeds = [
+        json.loads(hrm("plan", *base, *more).out)["predicted"]["throughput_tok_s"]
+        for more in (("--miss-rate", 0.9), (), ("--miss-rate", 0.05))
+    ]
+    assert speeds == sorted(speeds) and speeds[0] < speeds[2]

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from typing import Any
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hrm import BatchShape, Hardware, MoEModel, Policy, Workload
-from hrm.errors import InvalidSchedule, InvalidValue
+from hrm.errors import InvalidSchedule, InvalidValue, UnknownName
 from hrm.operators import active_experts
+from hrm.rates import Rates
 from simulator import simulate
 from simulator.cache_costs import ExpertCaching
 from simulator.costs import schedule_costs
@@ -130,6 +134,60 @@ def test_a_trace_with_fewer_misses_is_faster(qwen: MoEModel, machine: Hardware) 
     assert speeds == sorted(speeds)
     with pytest.raises(InvalidValue, match="miss_rate"):
         simulate(qwen, machine.rates(), policy, batch, miss_rate=1.5)
+
+
+def test_predictions_know_the_cache_policy(qwen: MoEModel, machine: Hardware) -> None:
+    """A policy that evicts what is still needed is predicted slower; a measured miss rate wins over any policy."""
+    policy = Policy(batch_size=16, micro_batch_size=16, expert_slots=64)
+    batch = BatchShape.uniform(16, 16, 32, 8)
+
+    def speed(name: str, miss_rate: float | None = None) -> float:
+        options: dict[str, Any] = {"cache_policy": name, "miss_rate": miss_rate}
+        return simulate(qwen, machine.rates(), policy, batch, **options).throughput_tok_s
+
+    assert speed("lru") < 0.9 * speed("inactive-first-lifo") < speed("min")
+    assert speed("lru", 0.3) == pytest.approx(speed("fifo", 0.3), rel=0.2)
+    with pytest.raises(UnknownName, match="Did you mean 'lru'"):
+        speed("lruu")
+
+
+def test_a_bound_holds_with_popular_experts(qwen: MoEModel, machine: Hardware) -> None:
+    """What a routing histogram lets a cache keep is in the bound, too."""
+    model = qwen.with_routing([1 / (1 + n) for n in range(qwen.num_experts)])
+    policy = Policy(batch_size=1, micro_batch_size=1, expert_slots=32)
+    found = evaluate_cached(model, machine, Workload.parse("16,64"), policy, cache_policy="lfu")
+    assert found.estimate.throughput <= found.bound.tok_s
+
+
+@pytest.mark.parametrize("pinned", [False, True])
+def test_pageable_experts_are_copied_twice(qwen: MoEModel, machine: Hardware, pinned: bool) -> None:
+    """From pageable memory a miss takes the staging copy and then the link; where a core copies, the link alone."""
+    rates = replace(machine.rates(), stages_weights=not pinned)
+    policy = Policy(batch_size=2, micro_batch_size=2, expert_slots=32)
+    batch = BatchShape.uniform(2, 2, 16, 3)
+
+    def loads(rates: Rates) -> tuple[float, float]:
+        timeline = simulate(qwen, rates, policy, batch, exact=True, contention=False).timeline
+        mask = timeline.schedule.mask(Op.LOAD_E)
+        tasks = timeline.schedule.mask(Op.LOAD_E).sum() * rates.task_s
+        seconds = float((timeline.end - timeline.start)[mask].sum()) - tasks
+        return seconds, float(timeline.bytes[mask].sum())
+
+    seconds, moved = loads(replace(rates, transfer_s=0.0))
+    link = moved / rates.h2d_bandwidth
+    assert seconds == pytest.approx(link if pinned else link + moved / rates.staging_bandwidth)
+    by_core, moved = loads(replace(rates, transfer_s=0.0, copy_bandwidth=1e12))
+    assert by_core == pytest.approx(moved / rates.h2d_bandwidth)
+
+
+def test_gpus_that_share_experts_share_the_link(qwen: MoEModel, machine: Hardware) -> None:
+    """Two GPUs bring a missing expert in halves over the node's link: no sooner than one brings it whole."""
+    policy = Policy(batch_size=2, micro_batch_size=2, expert_slots=32)
+    batch = BatchShape.uniform(2, 2, 16, 3)
+    options: dict[str, Any] = {"exact": True, "contention": False}
+    one, two = (simulate(qwen, machine.rates(), policy, batch, num_gpus=n, **options).timeline for n in (1, 2))
+    loads = one.schedule.mask(Op.LOAD_E)
+    assert (two.end - two.start)[loads] == pytest.approx((one.end - one.start)[loads])
 
 
 def test_few_requests_are_cached_and_many_stream(qwen: MoEModel, machine: Hardware) -> None:

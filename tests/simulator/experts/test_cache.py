@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -300,3 +302,18 @@ def test_replay_agrees_on_longer_traces(experts: int, k: int, batch: int, batche
     for policy in POLICIES:
         expected = [not hit for _, hit, _ in play(policy, sets, 5, experts)]
         assert replay(policy, accesses, 5).tolist() == expected, policy
+
+
+def test_replay_agrees_where_few_and_many_experts_take_turns() -> None:
+    """Single tokens are compared expert by expert and large batches all at once; a trace may have both."""
+    routing = Routing(num_layers=1, num_experts=160, top_k=4, batch_tokens=1)
+    trace = synthesize(routing, batches=1600, seed=3, knobs=Knobs(spread=1.0, skew=0.7, memory=0.6))
+    single = np.arange(0, 500)
+    large = np.arange(500, 1500, 50)
+    mixed = np.random.default_rng(0).permutation(np.arange(1500, 1600))[:60]
+    trace = replace(trace, batch_starts=np.unique(np.concatenate([single, large, mixed])))
+    accesses = layer_accesses(trace, layer=0)
+    for slots in (5, 60, 150):
+        cache = ExpertCache("next-use", slots, 160)
+        found = [not access.hit for active in accesses.batches() for access in cache.batch(active)]
+        assert replay("next-use", accesses, slots).astype(bool).tolist() == found

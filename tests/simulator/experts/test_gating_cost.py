@@ -9,11 +9,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hrm.errors import DoesNotFit, InvalidValue, UnknownName
+from hrm.gating import GATINGS, GatingName, capacity_of
 from hrm.hardware import Hardware
 from hrm.layers import FeedForward
 from hrm.model import MoEModel
 from simulator.experts.buffering_memory import buffering_memory, waste_factor
-from simulator.experts.gating_cost import GATINGS, Buffering, Cluster, Gating, Program, expert_capacity, gating_cost
+from simulator.experts.gating_cost import Buffering, Cluster, Program, gating_cost
 from simulator.experts.gating_model import Pass, dense_twin, largest_batch, pass_cost, weight_bytes
 
 NODE = Hardware.from_catalog("v100-node-8x")
@@ -34,7 +35,7 @@ def test_waste_factors_of_the_paper() -> None:
 @pytest.mark.parametrize(("model", "capacity_factor", "waste"), [(LM, 0.05, 12.8), (MT, 1.0, 64.0)])
 @pytest.mark.parametrize("gating", ["static", "tutel"])
 def test_rows_computed_over_rows_needed_are_the_waste_factor(
-    model: MoEModel, capacity_factor: float, waste: float, gating: Gating
+    model: MoEModel, capacity_factor: float, waste: float, gating: GatingName
 ) -> None:
     """The cost model charges exactly as many rows; dynamic gating with even load none too many."""
     ffn = model.main_layer.ffn
@@ -82,9 +83,9 @@ def test_static_activations_of_the_language_model_are_its_mask() -> None:
 
 def test_capacity_is_rounded_up() -> None:
     """C·S slots, and rounding errors do not add one."""
-    assert expert_capacity(4096, 0.05) == 205
-    assert expert_capacity(100, 0.05) == 5
-    assert expert_capacity(3, 1.0) == 3
+    assert capacity_of(4096, 0.05) == 205
+    assert capacity_of(100, 0.05) == 5
+    assert capacity_of(3, 1.0) == 3
 
 
 # -- the exchange --------------------------------------------------------------------------------------
@@ -121,7 +122,7 @@ SHAPES = st.builds(
 
 @settings(max_examples=60, deadline=None)
 @given(SHAPES, st.integers(1, 4000), st.sampled_from(GATINGS), st.sampled_from([1, 2, 4]))
-def test_more_tokens_never_cost_less(ffn: FeedForward, tokens: int, gating: Gating, nodes: int) -> None:
+def test_more_tokens_never_cost_less(ffn: FeedForward, tokens: int, gating: GatingName, nodes: int) -> None:
     """Seconds and bytes grow with tokens, and no term is negative."""
     few, many = (gating_cost(ffn, Cluster.of(NODE, nodes), n, gating) for n in (tokens, 2 * tokens))
     assert many.total >= few.total > 0
@@ -146,7 +147,7 @@ def test_dynamic_gating_never_needs_more_than_padding_to_the_busiest(
 
 @settings(max_examples=40, deadline=None)
 @given(SHAPES, st.integers(1, 4000), st.sampled_from(GATINGS), st.floats(1.0, 8.0))
-def test_a_faster_machine_never_hurts(ffn: FeedForward, tokens: int, gating: Gating, factor: float) -> None:
+def test_a_faster_machine_never_hurts(ffn: FeedForward, tokens: int, gating: GatingName, factor: float) -> None:
     """More bandwidth anywhere, or more FLOP/s, never makes a layer slower."""
     slow = Cluster.of(NODE, 2)
     before = gating_cost(ffn, slow, tokens, gating).total
