@@ -13,7 +13,6 @@ import itertools
 import json
 import math
 import shlex
-import statistics
 import sys
 import time
 from collections.abc import Callable
@@ -23,7 +22,7 @@ from typing import Any
 
 from experiments.records import Records, commit, say
 from experiments.validation_cases import QUICK, Case, validation_cases
-from experiments.validation_report import ranking, render, roofs, write
+from experiments.validation_report import judged, render, roofs, write
 from experiments.validation_runs import Runs
 from hrm import Hardware, MoEModel, Plan, Workload, plan
 from hrm.catalog import model_config
@@ -116,18 +115,9 @@ def run_validation(
             rows.append(row)
             if run.case.name == "planned":
                 _save_timelines(run.case, prediction.timeline, run.timeline, out)
-    errors = [abs(row["error"]) for row in rows]
-    quiet = [abs(row["error"]) for row in rows if not row["disturbed"]]
     result = {
         "cases": rows,
-        "mean_abs_error": statistics.fmean(errors),
-        "worst_abs_error": max(errors),
-        "ranking": ranking(rows),
-        "undisturbed": {
-            "cases": len(quiet),
-            "mean_abs_error": statistics.fmean(quiet) if quiet else None,
-            "worst_abs_error": max(quiet, default=None),
-        },
+        **judged(rows),
         "machine": {**machine.facts, "roofline": roofs(machine)},
         "plan": chosen.to_dict(),
         "command": "hrm " + shlex.join(sys.argv[1:]),
