@@ -18,12 +18,12 @@ from executor.generate import auto_policy, generate
 from executor.jobs import batches
 from executor.machine import OtherLoad, ram_bytes
 from executor.probe import probe
-from experiments.records import Records, say
+from experiments.records import OutOfTime, Records, say
 from hrm import BatchShape, Hardware, MoEModel, Policy, Workload, plan
 from hrm.errors import HrmError
 from simulator import simulate
 
-__all__ = ["OWN", "Bench", "OutOfTime", "predict"]
+__all__ = ["OWN", "Bench", "predict"]
 
 OWN = ("moe-lightning", "cgopipe", "fastdecode", "flexgen-c", "flexgen", "deepspeed-zero")
 """The executor's entries: its systems, and CGOPipe proper."""
@@ -31,10 +31,6 @@ OWN = ("moe-lightning", "cgopipe", "fastdecode", "flexgen-c", "flexgen", "deepsp
 _CGOPIPE = "cgopipe"
 _KEEP_SHARE = 0.1
 _QUIET_SHARE, _PAUSE_S = 0.05, 2.0
-
-
-class OutOfTime(Exception):
-    """The next run would pass the time budget."""
 
 
 class Bench:

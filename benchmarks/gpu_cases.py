@@ -12,17 +12,20 @@ from executor.placements import choose_policy
 from experiments.validation_cases import Case
 from experiments.validation_runs import expected
 from hrm import Hardware, MoEModel, Policy, Workload, plan
-from hrm.errors import HrmError, InvalidValue
+from hrm.errors import DoesNotFit, HrmError, InvalidValue
 from hrm.memory import batch_footprint, kv_cache_bytes, usable_bytes
 from hrm.systems import check_system
-from hrm.units import parse_bytes
+from hrm.units import format_bytes, parse_bytes
 
 __all__ = ["Cap", "Chosen", "Limits", "case_from", "choose", "planning_machine"]
 
 _SYSTEMS = ("moe-lightning", "fastdecode", "flexgen-c", "flexgen", "deepspeed-zero")
 _FEWER = 8
-_HOST_SPARE = 0.95
-"""Of the host memory that is free, so much goes to requests; pinned buffers take the rest."""
+_SHARE_STEP = 1 / 64
+"""Resident shares that round to the same step are one."""
+_HOST_SPARE, _HOST_MOST = 0.95, 0.95
+"""Of the host memory that is free, so much goes to requests, pinned buffers taking the rest; and the most of all of
+it that a run may use."""
 
 
 @dataclass(frozen=True)
@@ -114,13 +117,15 @@ def choose(model: MoEModel, machine: Hardware, cap: Cap, link: float | None, lim
     for name, make in maker.makers():
         try:
             case = make()
+            maker.check_host(case)
             took = expected(case, model, here)[0].simulated_s + limits.overhead_s
         except HrmError as error:
             if name == "planned":
                 raise
             left_out[name] = str(error)
             continue
-        same = (case.system, case.policy, case.prompt_lens, case.gen_len)
+        share = round(case.weights_on_gpu / _SHARE_STEP)
+        same = (case.system, replace(case.policy, weights_on_gpu=share * _SHARE_STEP), case.prompt_lens, case.gen_len)
         if same in known:
             left_out[name] = "is one of the cases above"
         elif took > limits.longest_s or sum(seconds) + took > limits.all_s:
@@ -150,49 +155,54 @@ class _Maker:
 
     def makers(self) -> Iterator[tuple[str, Callable[[], Case]]]:
         """Names of cases, and what makes them or raises why it cannot."""
+        own, gpu, fewer = "planner's own choice", "attention on the GPU", f"N/{_FEWER}"
         yield "planned", lambda: self._case("planned", "unpadded", "moe-lightning", self._base(), self._plain)
         for system in _SYSTEMS:
             yield f"padded, {system}", partial(self._own, system, "padded", self._padded)
         yield "fastdecode", lambda: self._own("fastdecode", "unpadded", self._plain)
-        yield (
-            "planner's own choice",
-            lambda: self._own("moe-lightning", "unpadded", self._plain, "planner's own choice"),
-        )
-        yield f"N/{_FEWER}", lambda: self._changed(f"N/{_FEWER}", self._fewer())
-        yield "r_w most", lambda: self._changed("r_w most", self._most(self._base()))
-        yield f"N/{_FEWER}, r_w most", lambda: self._changed(f"N/{_FEWER}, r_w most", self._most(self._fewer()))
+        yield own, lambda: self._own("moe-lightning", "unpadded", self._plain, own)
+        yield gpu, lambda: self._changed(gpu, self._plan(self._plain, attention_on_gpu=True, ffn_on_gpu=True))
+        yield fewer, lambda: self._changed(fewer, self._fewer())
         yield "r_w 0", lambda: self._changed("r_w 0", replace(self._base(), weights_on_gpu=0.0))
-        yield "attention on the GPU", self._gpu_attention
+        yield "r_w most", lambda: self._changed("r_w most", self._most(self._base()))
+        yield f"{fewer}, r_w most", lambda: self._changed(f"{fewer}, r_w most", self._most(self._fewer()))
         yield f"gen {self._limits.long_gen_len}", self._longer
 
     # -- sizes -------------------------------------------------------------------------------------
 
-    def _requests(self, workload: Workload) -> int:
-        """Requests whose KV cache and hidden states host memory holds beside all weights."""
+    def check_host(self, case: Case) -> None:
+        """Refuse what host memory does not hold beside all weights, of which a footprint counts what travels."""
+        need = batch_footprint(self._model, case.shape(), case.policy, system=case.system)
+        beside = need.cpu_bytes - need.cpu["streamed_experts"]
+        room = _HOST_MOST * float(self._here.cpu.capacity)
+        if self._limits.held + beside > room:
+            raise DoesNotFit(
+                f"all weights and what a run needs beside them take {format_bytes(self._limits.held + beside)} of host "
+                f"memory, and {format_bytes(room)} may be used."
+            )
+
+    def _requests(self, workload: Workload, system: str = "moe-lightning") -> int:
+        """Requests whose KV cache and hidden states host memory holds beside all weights and the staging buffers."""
         model, limits = self._model, self._limits
+        pinned = check_system(system).pinned_layers or 0.0
+        staged = pinned * max(model.kind_travelling_bytes(kind, dense=True) for kind in set(model.order))
         prompt = workload.effective_prompt
         each = float(kv_cache_bytes(model, 1, prompt, workload.gen_len)) + prompt * model.hidden_bytes
-        free = usable_bytes(self._here)[1] - limits.held
+        free = usable_bytes(self._here)[1] - limits.held - staged
         most = math.floor(_HOST_SPARE * free / each)
         if most < 1:
             raise InvalidValue("host memory holds the weights and no request beside them; take fewer --layers.")
         return most if limits.most_requests is None else min(most, limits.most_requests)
 
-    def _plan(self, workload: Workload, *, attention_on_gpu: bool) -> Policy:
-        found = plan(
-            self._model,
-            self._here,
-            workload,
-            num_requests=self._requests(workload),
-            attention_on_gpu=attention_on_gpu,
-            ffn_on_gpu=True,
-        )
-        return found.policy
+    def _plan(self, workload: Workload, *, most: int | None = None, **places: bool) -> Policy:
+        """The planner's policy for requests without end, whose batches need not be a whole part of them."""
+        most = most or self._requests(workload)
+        return plan(self._model, self._here, workload, max_batch_size=most, **places).policy
 
     def _base(self) -> Policy:
         """CGOPipe as planned: attention on the CPU, experts on the GPU."""
         if self._planned is None:
-            self._planned = self._plan(self._plain, attention_on_gpu=False)
+            self._planned = self._plan(self._plain, attention_on_gpu=False, ffn_on_gpu=True)
         return self._planned
 
     def _fewer(self) -> Policy:
@@ -232,18 +242,19 @@ class _Maker:
         )
 
     def _own(self, system: str, setting: str, workload: Workload, name: str | None = None) -> Case:
-        """A system with the policy that its own rule chooses."""
-        policy = choose_policy(system, self._model, self._here, workload, self._requests(workload), may_cache=False)
+        """A system with the policy that its own rule chooses, for as many requests as one batch of it can be."""
+        requests = self._requests(workload, system)
+        if system in ("moe-lightning", "fastdecode"):
+            places = {} if system == "moe-lightning" else {"attention_on_gpu": False, "ffn_on_gpu": True}
+            requests = self._plan(workload, most=requests, **places).batch_size
+        policy = choose_policy(system, self._model, self._here, workload, requests, may_cache=False)
         return self._case(name or f"{setting}, {system}", setting, system, policy, workload)
 
     def _changed(self, name: str, policy: Policy) -> Case:
         return self._case(name, name, "moe-lightning", policy, self._plain)
 
-    def _gpu_attention(self) -> Case:
-        policy = self._plan(self._plain, attention_on_gpu=True)
-        return self._case("attention on the GPU", "attention on the GPU", "moe-lightning", policy, self._plain)
-
     def _longer(self) -> Case:
         workload = self._plain.with_options(gen_len=self._limits.long_gen_len)
         name = f"gen {workload.gen_len}"
-        return self._case(name, name, "moe-lightning", self._plan(workload, attention_on_gpu=False), workload)
+        policy = self._plan(workload, attention_on_gpu=False, ffn_on_gpu=True)
+        return self._case(name, name, "moe-lightning", policy, workload)

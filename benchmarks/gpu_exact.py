@@ -30,13 +30,13 @@ _MODELS = {"mixtral": "mixtral-8x7b", "deepseek-v2": "deepseek-v2-lite"}
 """A plain family, and one with latent attention, shared experts and a dense layer."""
 
 
-def tiny_checkpoint(folder: Path, name: str = "mixtral") -> Path:
-    """A small float32 checkpoint of a family, with clear-cut logits; made if it is not there."""
-    path = folder / f"tiny-{name}"
+def tiny_checkpoint(folder: Path, name: str = "mixtral", *, dtype: str = "float32") -> Path:
+    """A small checkpoint of a family, with clear-cut logits; made if it is not there."""
+    path = folder / f"tiny-{name}-{dtype}"
     if not (path / "config.json").exists():
         sizes = _SIZES | ({"kv_heads": 2} if name == "mixtral" else {})
         config = resized(model_config(_MODELS[name]), sizes) | {"initializer_range": 0.08}
-        make_checkpoint(config, path, dtype="float32", seed=3)
+        make_checkpoint(config, path, dtype=dtype, seed=3)
     return path
 
 

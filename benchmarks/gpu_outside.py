@@ -12,10 +12,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from benchmarks.executor_runs import OutOfTime
 from benchmarks.gpu_exact import tiny_checkpoint
 from benchmarks.gpu_proof import Proof
-from experiments.records import say
+from experiments.records import OutOfTime, say
 
 __all__ = ["find_sanitizer", "peers", "sanitizer"]
 
@@ -53,10 +52,11 @@ def sanitizer(proof: Proof) -> None:
 
 
 def _sanitize(proof: Proof, tool: str, name: str) -> dict[str, Any]:
-    """A short run of the tiny model, streamed and resident weights, under a tool."""
+    """A short run of the tiny model, streamed and resident weights, under a tool; in bfloat16, as the real one is."""
     proof.check_time(min(_SANITIZER_S, proof.options.time_budget / 2))
+    folder = tiny_checkpoint(proof.options.out, dtype="bfloat16")
     run = [
-        sys.executable, "-m", "experiments.cli", "run", "--checkpoint", str(tiny_checkpoint(proof.options.out)),
+        sys.executable, "-m", "experiments.cli", "run", "--checkpoint", str(folder),
         "--random-prompts", "2,5", "--gen-len", "3", "--batch-size", "2", "--micro-batch-size", "1",
         "--weights-on-gpu", "0.4", "--device", proof.options.device.type,
     ]  # fmt: skip

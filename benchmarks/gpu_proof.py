@@ -14,12 +14,11 @@ from typing import Any
 
 import torch
 
-from benchmarks.executor_runs import OutOfTime
 from executor.host_weights import HostWeights
 from executor.machine import machine_facts, ram_bytes
 from executor.probe import Passes, Prober
 from executor.random_checkpoint import RandomCheckpoint
-from experiments.records import Records, commit, say
+from experiments.records import OutOfTime, Records, commit, say
 from hrm import Hardware, MoEModel
 from hrm.catalog import model_config
 from hrm.errors import DoesNotFit, HrmError, InvalidValue

@@ -21,7 +21,9 @@ from simulator import Timeline
 __all__ = ["report", "system_ratios"]
 
 _PUBLISHED = {"S1": "T4", "S2": "L4"}
-_FIGURES = ("*.json.gz", "gantt-*.png", "machine.json", "peers.json")
+_FILES = ("*.json.gz", "gantt-*.png", "machine.json", "peers.json")
+_LARGEST = 8 * 2**20
+"""Bytes of a file that is still copied to the results: timelines of long runs stay where they are."""
 
 
 def report(proof: Proof) -> Path:
@@ -56,9 +58,12 @@ def report(proof: Proof) -> Path:
     }
     for kind in ("exact", "sanitizer", "peers", "upper"):
         result[kind] = [record for record in records.rows if record["kind"] == kind]
-    for pattern in _FIGURES:
+    for pattern in _FILES:
         for file in proof.options.out.glob(pattern):
-            shutil.copy(file, out / file.name)
+            if file.stat().st_size <= _LARGEST:
+                shutil.copy(file, out / file.name)
+            else:
+                say(f"{file} is {format_bytes(file.stat().st_size)} and stays there.")
     (out / "config.json").write_text(json.dumps(proof.model_config, indent=2) + "\n")
     write(result, out)
     _bound_figure(rows, out / "decode_and_bound.png")

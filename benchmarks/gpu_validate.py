@@ -16,8 +16,8 @@ from hrm import Hardware, MoEModel
 from hrm.memory import batch_footprint
 from hrm.rates import Rates
 from simulator import Prediction
-from simulator.compare import compare
 from simulator.gantt import gantt_pair
+from simulator.loss import Loss, account
 
 __all__ = ["validate"]
 
@@ -92,14 +92,15 @@ def _run(proof: Proof, cap: Cap, case: Case) -> dict[str, Any]:
     )
     run = runs.measure(case, on_probe=predict)
     machine, prediction, rates = told[-1]
-    row = described(run, model, rates, prediction) | _more(run, model, machine, prediction, cap)
+    loss = account(prediction.timeline, run.timeline)
+    row = described(run, model, rates, prediction, loss) | _more(run, model, machine, loss, cap)
     if case.name == "planned":
         _save(proof, cap, run, prediction)
     say(f"  {row['error']:+.1%}; {row['loss']}")
     return {"row": row, "passes": len(proof.passes) + 1}
 
 
-def _more(run: Run, model: MoEModel, machine: Hardware, prediction: Prediction, cap: Cap) -> dict[str, Any]:
+def _more(run: Run, model: MoEModel, machine: Hardware, loss: Loss, cap: Cap) -> dict[str, Any]:
     """What a GPU's row has besides a validation's."""
     peak = run.allocated if run.allocated is not None else run.result.peak_memory["device_bytes"]
     measured = run.timeline
@@ -111,7 +112,7 @@ def _more(run: Run, model: MoEModel, machine: Hardware, prediction: Prediction, 
         "peak_device_bytes": peak,
         "peak_of_cap": None if cap.bytes is None else peak / cap.bytes,
         "footprint_bytes": batch_footprint(model, run.case.shape(), run.case.policy, system=run.case.system).gpu_bytes,
-        "loss_items": compare(prediction.timeline, measured).loss().to_dict(),
+        "loss_items": loss.to_dict(),
         "setup_s": run.result.setup_s,
         "rates": {
             "h2d_bytes_per_s": machine.rates().h2d_bandwidth,

@@ -10,9 +10,13 @@ import time
 from pathlib import Path
 from typing import Any
 
-__all__ = ["Records", "commit", "say"]
+__all__ = ["OutOfTime", "Records", "commit", "say"]
 
 _KEEP_S = 6 * 3600.0
+
+
+class OutOfTime(Exception):
+    """What comes next would pass the time budget of a command."""
 
 
 class Records:

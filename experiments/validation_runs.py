@@ -16,8 +16,7 @@ from hrm.bound import physical_bound
 from hrm.memory import batch_footprint
 from hrm.rates import Rates
 from simulator import Prediction, Timeline, simulate
-from simulator.compare import compare
-from simulator.experts.study import decode_miss_rate
+from simulator.loss import Loss, account
 
 if TYPE_CHECKING:
     from executor.checkpoint import Checkpoint
@@ -218,6 +217,7 @@ class Runs:
             return None
         from executor.generate import generate
         from executor.recording import RouteRecorder
+        from simulator.experts.study import decode_miss_rate
 
         recorder = RouteRecorder(self._checkpoint.local)
         generate(
@@ -246,8 +246,16 @@ def expected(
     return simulate(model, rates, policy, shape, system=case.system, exact=True, miss_rate=miss_rate), rates
 
 
-def described(run: Run, model: MoEModel, rates: Rates, prediction: Prediction) -> dict[str, Any]:
-    """A run beside its prediction: the row of a validation's table."""
+def described(
+    run: Run, model: MoEModel, rates: Rates, prediction: Prediction, loss: Loss | None = None
+) -> dict[str, Any]:
+    """A run beside its prediction: the row of a validation's table.
+
+    Parameters
+    ----------
+    loss : Loss, optional
+        Where the time of a decode step went, if that is known already.
+    """
     case, result, measured, shape = run.case, run.result, run.timeline, run.case.shape()
     op, seconds = _worst_class(prediction.timeline, measured)
     steps = case.batch_size * (case.gen_len - 1)
@@ -262,7 +270,7 @@ def described(run: Run, model: MoEModel, rates: Rates, prediction: Prediction) -
         "predicted_decode_s": prediction.decode_s,
         "measured_decode_s": result.decode_s,
         **_limit(case, model, rates, shape, steps / result.decode_s if steps else 0.0),
-        "loss": compare(prediction.timeline, measured).loss().sentence(),
+        "loss": (loss or account(prediction.timeline, measured)).sentence(),
         "predicted_utilization": prediction.timeline.decode_utilization(),
         "measured_utilization": measured.decode_utilization(),
         "most_off": op,

@@ -6,18 +6,14 @@ writes 1 for every access that misses.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
-
 import numpy as np
-from numba import njit
+
+from simulator.kernels import compiled
 
 __all__ = ["active_sets", "belady", "fifo", "inactive_first_lifo", "lfu", "lifo", "lru", "next_use"]
 
-_compiled: Callable[[Callable[..., Any]], Callable[..., Any]] = njit(cache=True, nogil=True)
 
-
-@_compiled
+@compiled
 def _ones(bits):  # type: ignore[no-untyped-def]
     """Ones among 64 bits; compiles to one instruction."""
     bits = bits - ((bits >> np.uint64(1)) & np.uint64(0x5555555555555555))
@@ -26,7 +22,7 @@ def _ones(bits):  # type: ignore[no-untyped-def]
     return np.int64((bits * np.uint64(0x0101010101010101)) >> np.uint64(56))
 
 
-@_compiled
+@compiled
 def active_sets(chosen, bounds, num_experts, experts, offsets):  # type: ignore[no-untyped-def]
     """Distinct ids of every batch, sorted; returns how many there are in all."""
     seen = np.full(num_experts, -1, np.int64)
@@ -58,7 +54,7 @@ def active_sets(chosen, bounds, num_experts, experts, offsets):  # type: ignore[
     return at
 
 
-@_compiled
+@compiled
 def fifo(experts, offsets, num_experts, slots, missed):  # type: ignore[no-untyped-def]
     there = np.zeros(num_experts, np.bool_)
     held = np.full(slots, -1, np.int64)
@@ -77,7 +73,7 @@ def fifo(experts, offsets, num_experts, slots, missed):  # type: ignore[no-untyp
             oldest = 0
 
 
-@_compiled
+@compiled
 def lifo(experts, offsets, num_experts, slots, missed):  # type: ignore[no-untyped-def]
     there = np.zeros(num_experts, np.bool_)
     used = 0
@@ -95,7 +91,7 @@ def lifo(experts, offsets, num_experts, slots, missed):  # type: ignore[no-untyp
         there[expert] = True
 
 
-@_compiled
+@compiled
 def inactive_first_lifo(experts, offsets, num_experts, slots, missed):  # type: ignore[no-untyped-def]
     # A doubly linked list by admission; `num_experts` is its head and tail.
     older = np.full(num_experts + 1, num_experts, np.int64)
@@ -132,7 +128,7 @@ def inactive_first_lifo(experts, offsets, num_experts, slots, missed):  # type: 
             there[expert] = True
 
 
-@_compiled
+@compiled
 def lru(experts, offsets, num_experts, slots, missed):  # type: ignore[no-untyped-def]
     # A doubly linked list by last use; `num_experts` is its head and tail.
     older = np.full(num_experts + 1, num_experts, np.int64)
@@ -161,7 +157,7 @@ def lru(experts, offsets, num_experts, slots, missed):  # type: ignore[no-untype
         older[num_experts] = expert
 
 
-@_compiled
+@compiled
 def lfu(experts, offsets, num_experts, slots, missed):  # type: ignore[no-untyped-def]
     slot_of = np.full(num_experts, -1, np.int64)
     held = np.full(slots, -1, np.int64)
@@ -191,7 +187,7 @@ def lfu(experts, offsets, num_experts, slots, missed):  # type: ignore[no-untype
         stays[slot] = (uses[expert] << 40) + i
 
 
-@_compiled
+@compiled
 def belady(experts, offsets, num_experts, slots, missed):  # type: ignore[no-untyped-def]
     accesses = len(experts)
     soonest = np.empty(num_experts, np.int64)
@@ -226,7 +222,7 @@ def belady(experts, offsets, num_experts, slots, missed):  # type: ignore[no-unt
         leaves[slot] = following[i]
 
 
-@_compiled
+@compiled
 def next_use(  # type: ignore[no-untyped-def]
     experts, offsets, num_experts, slots, missed, window, one, short, long, latest, judge, weights
 ):  # fmt: skip
