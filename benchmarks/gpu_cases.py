@@ -118,7 +118,7 @@ def choose(model: MoEModel, machine: Hardware, cap: Cap, link: float | None, lim
         try:
             case = make()
             maker.check_host(case)
-            took = expected(case, model, here)[0].simulated_s + limits.overhead_s
+            took = expected(case, model, here, keep_timeline=False)[0].simulated_s + limits.overhead_s
         except HrmError as error:
             if name == "planned":
                 raise

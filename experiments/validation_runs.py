@@ -238,12 +238,27 @@ def _prompts(case: Case, model: MoEModel, factor: int) -> list[list[int]]:
 
 
 def expected(
-    case: Case, model: MoEModel, machine: Hardware, miss_rate: float | None = None
+    case: Case, model: MoEModel, machine: Hardware, miss_rate: float | None = None, *, keep_timeline: bool = True
 ) -> tuple[Prediction, Rates]:
-    """What the simulator says of a case on a probed machine, and the rates that it says so from."""
+    """What the simulator says of a case on a probed machine, and the rates that it says so from.
+
+    Parameters
+    ----------
+    keep_timeline : bool
+        Keep every task of a long run, which a comparison with the measured timeline needs.
+    """
     rates = replace(machine.rates().with_link(case.link_bandwidth), stages_weights=not case.pinned_weights)
-    shape, policy = case.shape(), case.policy
-    return simulate(model, rates, policy, shape, system=case.system, exact=True, miss_rate=miss_rate), rates
+    prediction = simulate(
+        model,
+        rates,
+        case.policy,
+        case.shape(),
+        system=case.system,
+        exact=True,
+        keep_timeline=keep_timeline,
+        miss_rate=miss_rate,
+    )
+    return prediction, rates
 
 
 def described(

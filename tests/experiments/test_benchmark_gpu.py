@@ -16,13 +16,14 @@ import pytest
 pytest.importorskip("torch")
 
 from benchmarks import gpu, gpu_outside, gpu_validate
-from benchmarks.gpu_cases import Cap, Chosen, Limits, choose
+from benchmarks.gpu_cases import Cap, Chosen, Limits, choose, planning_machine
 from benchmarks.gpu_report import system_ratios
 from benchmarks.gpu_upper import layers_on_device
 from executor import bench as bench_module
 from executor import probe as probe_module
 from experiments.records import OutOfTime, Records
 from experiments.rooflines import kernel_shares
+from experiments.validation_runs import expected
 from hrm import Hardware, MoEModel
 from hrm.catalog import load_model
 from hrm.errors import DoesNotFit, HrmError, InvalidValue
@@ -283,6 +284,16 @@ def test_cases_of_the_whole_model_fit(cap: str) -> None:
         lens = case.prompt_lens
         assert lens == (418,) if case.setting == "padded" else (round(sum(lens) / len(lens)), max(lens)) == (77, 418)
     assert Chosen.from_dict(json.loads(json.dumps(chosen.to_dict()))) == chosen
+
+
+def test_the_timeline_of_a_long_run_is_whole() -> None:
+    """A prediction that is set beside a run has every task of it, however many."""
+    model, chosen = _choose("16GiB")
+    here = planning_machine(_machine(128), Cap.parse("16GiB"), None)
+    prediction, rates = expected(chosen.cases[0], model, here)
+    assert len(prediction.timeline.schedule) == prediction.num_tasks > 60_000
+    assert not rates.stages_weights
+    assert prediction.simulated_s == pytest.approx(chosen.seconds[0], rel=1e-6)
 
 
 def test_cases_are_left_out_by_their_time() -> None:
