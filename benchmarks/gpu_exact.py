@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from functools import partial
+from collections.abc import Callable
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -45,14 +45,10 @@ def exact(proof: Proof) -> None:
     torch.backends.cuda.matmul.allow_tf32 = False
     for family in _MODELS:
         folder = tiny_checkpoint(proof.options.out, family)
-        answers: list[list[int]] = []
+        answers = cache(partial(_reference, folder, proof.options.device))
         for system in SYSTEMS:
             for name, policy in _policies(system, len(_LENGTHS)).items():
                 keys = {"kind": "exact", "family": family, "system": system, "policy": name}
-                if proof.wanted(**keys) and not answers:
-                    proof.check_time(0.0)
-                    say(f"exact: {family}: transformers' own answers")
-                    answers = _reference(folder, proof.options.device)
                 row = proof.once(partial(_compare, proof, folder, system, policy, answers), **keys)
                 equal = row.get("failed") or f"{row['equal']} of {row['requests']} answers equal"
                 say(f"exact: {family}, {system}, {name}: {equal}")
@@ -80,6 +76,7 @@ def _reference(folder: Path, device: torch.device) -> list[list[int]]:
     """Greedy tokens by transformers, one prompt at a time, so that nothing is padded."""
     from transformers import AutoModelForCausalLM
 
+    say(f"exact: transformers' own answers of {folder.name}")
     model = AutoModelForCausalLM.from_pretrained(str(folder), dtype=torch.float32, attn_implementation="eager")
     model = model.eval().to(device)
     answers = []
@@ -98,7 +95,7 @@ def _reference(folder: Path, device: torch.device) -> list[list[int]]:
 
 
 def _compare(
-    proof: Proof, folder: Path, system: str, policy: Policy, answers: Sequence[Sequence[int]]
+    proof: Proof, folder: Path, system: str, policy: Policy, answers: Callable[[], list[list[int]]]
 ) -> dict[str, Any]:
     checkpoint = Checkpoint.open(folder)
     outputs = generate(
@@ -110,7 +107,7 @@ def _compare(
         device=proof.options.device.type,
         link_bandwidth=None,
     ).outputs
-    pairs = list(zip(outputs, answers, strict=True))
+    pairs = list(zip(outputs, answers(), strict=True))
     first = [
         next((k for k, (a, b) in enumerate(zip(mine, theirs, strict=True)) if a != b), None) for mine, theirs in pairs
     ]

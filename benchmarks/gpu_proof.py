@@ -19,13 +19,17 @@ from executor.machine import machine_facts, ram_bytes
 from executor.probe import Passes, Prober
 from executor.random_checkpoint import RandomCheckpoint
 from experiments.records import OutOfTime, Records, commit, say
+from experiments.resizing import resized
 from hrm import Hardware, MoEModel
 from hrm.catalog import model_config
 from hrm.errors import DoesNotFit, HrmError, InvalidValue
 from hrm.units import format_bytes
 
-__all__ = ["Options", "Proof", "failure_of"]
+__all__ = ["Options", "Proof", "failure_of", "with_layers"]
 
+_SIZES: dict[str, int | None] = dict.fromkeys(
+    ("layers", "hidden", "intermediate", "heads", "kv_heads", "head_dim", "experts", "top_k", "vocab")
+)
 _HOST_SHARE = 0.72
 """Most of host memory that weights may take; KV caches and the system get the rest."""
 
@@ -66,7 +70,7 @@ class Proof:
         self.options = options
         options.out.mkdir(parents=True, exist_ok=True)
         self.facts = machine_facts() | ({} if options.cuda else {"gpu": None})
-        self.model_config = resized_config(options)
+        self.model_config = _config_of(options)
         self.model = MoEModel.from_config(self.model_config, name=options.model)
         self.records = Records(options.out / "records.jsonl", self._conditions(), keep_s=math.inf)
         self.ran = False
@@ -76,7 +80,8 @@ class Proof:
         options = self.options
         shared = {key: self.facts.get(key) for key in ("cpu", "gpu", "cores", "torch", "transformers")}
         given = {"model": options.model, "layers": self.model.num_layers, "link": options.link_bandwidth}
-        return shared | given | {"device": options.device.type, "gen_len": options.gen_len}
+        lengths = {"gen_len": options.gen_len, "long_gen_len": options.long_gen_len, "most": options.most_requests}
+        return shared | given | lengths | {"device": options.device.type}
 
     # -- time --------------------------------------------------------------------------------------
 
@@ -193,7 +198,7 @@ def failure_of(error: BaseException) -> str:
     return lines[0] if isinstance(error, HrmError) else f"{type(error).__name__}: {lines[0]}"
 
 
-def resized_config(options: Options) -> dict[str, Any]:
+def _config_of(options: Options) -> dict[str, Any]:
     """The model's config with as many layers as host memory holds beside the KV cache of a batch."""
     config = model_config(options.model)
     whole = MoEModel.from_config(config, name=options.model)
@@ -205,4 +210,9 @@ def resized_config(options: Options) -> dict[str, Any]:
             raise DoesNotFit(f"host memory does not hold a layer of {options.model}; take a smaller --model.")
     if not 1 <= layers <= whole.num_layers:
         raise InvalidValue(f"'layers' must be between 1 and {whole.num_layers}: {layers}")
-    return config | {"num_hidden_layers": layers}
+    return with_layers(config, layers)
+
+
+def with_layers(config: dict[str, Any], layers: int) -> dict[str, Any]:
+    """The config with another number of layers; what it lists by layer follows."""
+    return resized(config, _SIZES | {"layers": layers})

@@ -125,7 +125,7 @@ def _bound_figure(rows: Sequence[dict[str, Any]], path: Path) -> None:
     import matplotlib.pyplot as plt
 
     rows = [row for row in rows if row["gen_len"] > 1]
-    figure, ax = plt.subplots(figsize=(8, 1.4 + 0.27 * len(rows)), layout="constrained")
+    figure, ax = plt.subplots(figsize=(8, 1.8 + 0.27 * len(rows)), layout="constrained")
     places = range(len(rows))
     ax.barh(places, [_decode(row, "measured") for row in rows], color="#9ecae1", label="measured")
     ax.plot([_decode(row, "predicted") for row in rows], places, "D", color="#1f4e79", label="predicted")
@@ -136,7 +136,7 @@ def _bound_figure(rows: Sequence[dict[str, Any]], path: Path) -> None:
     ax.invert_yaxis()
     ax.set_xlabel("tokens per second in decode")
     ax.set_xscale("log")
-    ax.legend(fontsize=8)
+    figure.legend(loc="outside lower center", ncols=3, fontsize=8)
     figure.savefig(path, dpi=130)
     plt.close(figure)
 

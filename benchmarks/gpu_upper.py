@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import math
 import time
-from functools import partial
+from collections.abc import Callable
+from functools import cache, partial
 from typing import Any
 
 import torch
 
-from benchmarks.gpu_proof import Proof
+from benchmarks.gpu_proof import Proof, with_layers
 from executor.generate import generate
 from executor.host_weights import HostWeights
 from executor.machine import ram_bytes
@@ -22,6 +23,8 @@ __all__ = ["layers_on_device", "upper"]
 _DEVICE_SHARE, _HOST_SHARE = 0.75, 0.6
 """Of the device's memory (and, while the executor reads them, of the host's) that weights may take."""
 _PROMPT, _STEPS = 64, 16
+_LEAST_CUDA_S = 60.0
+"""Seconds that making the model and a few steps may take."""
 
 
 def layers_on_device(model: MoEModel, room: float) -> int:
@@ -40,25 +43,24 @@ def upper(proof: Proof) -> None:
         total = torch.cuda.get_device_properties(options.device).total_memory
         room = min(room, _DEVICE_SHARE * total)
     layers = layers_on_device(proof.model, room)
-    config = proof.model_config | {"num_hidden_layers": layers}
+    config = with_layers(proof.model_config, layers)
+    say(f"upper: {layers} layers on the device")
     for who, make in (("transformers", _Theirs), ("executor", _Ours)):
-        runner: _Theirs | _Ours | None = None
+        runner = cache(partial(make, proof, config))
         for batch in options.batch_sizes:
             keys = {"kind": "upper", "who": who, "batch_size": batch}
-            if proof.wanted(**keys) and runner is None:
-                proof.check_time(60.0 if options.cuda else 0.0)
-                say(f"upper: {who}, {layers} layers on the device")
-                runner = make(proof, config)
+            if proof.wanted(**keys):
+                proof.check_time(_LEAST_CUDA_S if options.cuda else 0.0)
             row = proof.once(partial(_decode, proof, runner, batch, layers), **keys)
             say(f"upper: {who}, batch {batch}: " + (row.get("failed") or f"{row['decode_tok_s']:.1f} tok/s"))
         del runner
         proof.drop()
 
 
-def _decode(proof: Proof, runner: _Theirs | _Ours | None, batch: int, layers: int) -> dict[str, Any]:
-    assert runner is not None
+def _decode(proof: Proof, runner: Callable[[], _Theirs | _Ours], batch: int, layers: int) -> dict[str, Any]:
+    made = runner()
     proof.make_room()
-    return {"layers": layers, **runner.decode(batch)}
+    return {"layers": layers, **made.decode(batch)}
 
 
 def _ids(batch: int, vocabulary: int) -> list[list[int]]:
@@ -71,12 +73,10 @@ class _Theirs:
     def __init__(self, proof: Proof, config: dict[str, Any]) -> None:
         from transformers import AutoModelForCausalLM
 
-        checkpoint = RandomCheckpoint.of(config | {"num_hidden_layers": 1}, name=proof.options.model)
-        theirs = checkpoint.config
-        theirs.num_hidden_layers = config["num_hidden_layers"]
+        checkpoint = RandomCheckpoint.of(config, name=proof.options.model)
         self._device, self._vocabulary = proof.options.device, checkpoint.model.vocab_size
         with torch.device(self._device):
-            self._model = AutoModelForCausalLM.from_config(theirs, dtype=checkpoint.dtype).eval()
+            self._model = AutoModelForCausalLM.from_config(checkpoint.config, dtype=checkpoint.dtype).eval()
 
     def _sync(self) -> None:
         if self._device.type == "cuda":

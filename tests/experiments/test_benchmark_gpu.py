@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import importlib.util
 import json
 import subprocess
 import sys
@@ -28,6 +29,7 @@ from hrm import Hardware, MoEModel
 from hrm.catalog import load_model
 from hrm.errors import DoesNotFit, HrmError, InvalidValue
 from hrm.memory import batch_footprint
+from hrm.systems import SYSTEMS
 from simulator import Timeline
 
 _ROOT = Path(__file__).resolve().parents[2]
@@ -159,7 +161,7 @@ def test_exact_compares_families_under_systems(tmp_path: Path, monkeypatch: pyte
     from benchmarks import gpu_exact
 
     policies = gpu_exact._policies
-    monkeypatch.setattr(gpu_exact, "SYSTEMS", {name: gpu_exact.SYSTEMS[name] for name in ("moe-lightning", "flexgen")})
+    monkeypatch.setattr(gpu_exact, "SYSTEMS", {name: SYSTEMS[name] for name in ("moe-lightning", "flexgen")})
     monkeypatch.setattr(gpu_exact, "_policies", lambda *args: dict(list(policies(*args).items())[-2:]))
     monkeypatch.setattr(gpu_exact, "_GEN_LEN", 4)
     out = tmp_path / "out"
@@ -172,7 +174,7 @@ def test_exact_compares_families_under_systems(tmp_path: Path, monkeypatch: pyte
 def test_programs_that_are_not_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Neither the sanitizer nor Accelerate is needed: one record each says that it is missing."""
     monkeypatch.setattr(gpu_outside, "find_sanitizer", lambda: None)
-    monkeypatch.setattr(gpu_outside.importlib.util, "find_spec", lambda _: None)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda _: None)
     assert gpu.main(_command(tmp_path, "--part=sanitizer", "--part=peers"))
     rows = [json.loads(line) for line in (tmp_path / "records.jsonl").read_text().splitlines()]
     assert [row["missing"] for row in rows] == [
@@ -279,7 +281,7 @@ def test_cases_of_the_whole_model_fit(cap: str) -> None:
         need = batch_footprint(model, case.shape(), case.policy, system=case.system)
         assert need.gpu_bytes <= 0.92 * room * (1 + 1e-6), case.name
         beside = need.cpu_bytes - need.cpu["streamed_experts"]
-        assert model.num_parameters * 2 + beside <= 0.95 * 128 * 2**30, case.name
+        assert model.num_parameters * 2 + beside <= 0.93 * 128 * 2**30, case.name
         assert case.pinned_weights == (not case.system.startswith("flexgen"))
         lens = case.prompt_lens
         assert lens == (418,) if case.setting == "padded" else (round(sum(lens) / len(lens)), max(lens)) == (77, 418)
