@@ -29,10 +29,9 @@ import json
 import math
 import re
 import shlex
-import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -45,9 +44,10 @@ if __name__ == "__main__":
 from benchmarks.accelerate_peer import PEERS  # noqa: E402
 from benchmarks.executor_cases import CPU_CASES, Case, cuda_cases, open_checkpoint  # noqa: E402
 from benchmarks.executor_report import report, save_figure, table  # noqa: E402
-from benchmarks.executor_runs import OWN, Bench, OutOfTime, Records, say  # noqa: E402
+from benchmarks.executor_runs import OWN, Bench  # noqa: E402
 from executor.generate import pick_device  # noqa: E402
 from executor.machine import machine_facts  # noqa: E402
+from experiments.records import OutOfTime, Records, commit, say  # noqa: E402
 from hrm import Policy  # noqa: E402
 from hrm.errors import HrmError, InvalidValue  # noqa: E402
 from hrm.units import parse_bandwidth, parse_bytes  # noqa: E402
@@ -158,17 +158,7 @@ def _conditions(options: argparse.Namespace) -> dict[str, Any]:
     facts = {key: machine_facts().get(key) for key in ("cpu", "gpu", "cores", "torch", "transformers")}
     given = {entry: str(policy) for entry, policy in options.policy.items()}
     given |= {"device": options.device.type, "max_batches": options.max_batches, "hardware": options.hardware}
-    return facts | given | {"commit": _commit()}
-
-
-def _commit() -> str | None:
-    git: Callable[..., str] = lambda *args: subprocess.run(  # noqa: E731
-        ["git", "-C", str(_ROOT), *args], capture_output=True, text=True, check=True
-    ).stdout.strip()
-    try:
-        return git("rev-parse", "HEAD") + ("-dirty" if git("status", "--porcelain") else "")
-    except (OSError, subprocess.CalledProcessError):
-        return None
+    return facts | given | {"commit": commit()}
 
 
 def _accelerate() -> str | None:
@@ -212,7 +202,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     result: dict[str, Any] = {
         "command": shlex.join(["python", *(sys.argv if arguments is None else ["benchmarks/executor.py", *arguments])]),
         "machine": machine_facts(),
-        "commit": _commit(),
+        "commit": commit(),
         "accelerate": _accelerate(),
         "rounds": options.rounds,
         "finished": True,

@@ -8,15 +8,16 @@ import random
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors.torch import save_file
 
-from executor.checkpoint import TORCH_DTYPES, Checkpoint, make_checkpoint
-from executor.families import family_of
+from executor.checkpoint import TORCH_DTYPES, Checkpoint, described, make_checkpoint
 from executor.machine import ram_bytes
+from executor.random_checkpoint import draw_normal
 from hrm.catalog import model_config
 from hrm.errors import DoesNotFit
 from hrm.model import MoEModel
@@ -162,22 +163,11 @@ def open_checkpoint(case: Case, folder: Path, say: Callable[[str], None], *, qui
 
 def _make_quickly(config: dict[str, Any], out: Path) -> None:
     """A checkpoint with stacked experts, as modules hold them, in which all layers have the same ones."""
-    from transformers import AutoConfig
-
-    config = {key: value for key, value in config.items() if key != "torch_dtype"}
-    model = MoEModel.from_config(config, name=out.name)
-    values = dict(config)
-    family = family_of(model, AutoConfig.for_model(values.pop("model_type"), **values))
+    older = ("torch_dtype",) if "dtype" in config else ()
+    config, model, family = described({k: v for k, v in config.items() if k not in older}, name=out.name)
     family.stacked = True
     dtype, scale = TORCH_DTYPES[model.dtype], float(config.get("initializer_range", 0.02))
-    generator = torch.Generator().manual_seed(0)
-
-    def draw(shape: tuple[int, ...]) -> torch.Tensor:
-        flat = torch.empty(math.prod(shape), dtype=dtype)
-        for piece in flat.split(2**26):
-            piece.copy_(torch.empty(piece.numel()).normal_(0, scale, generator=generator))
-        return flat.view(shape)
-
+    draw = partial(draw_normal, dtype=dtype, scale=scale, generator=torch.Generator().manual_seed(0))
     work = out.with_name(f".{out.name}")
     shutil.rmtree(work, ignore_errors=True)
     work.mkdir(parents=True)

@@ -4,12 +4,9 @@ from __future__ import annotations
 
 import argparse
 import gc
-import json
-import sys
 import time
 import zlib
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -21,56 +18,19 @@ from executor.generate import auto_policy, generate
 from executor.jobs import batches
 from executor.machine import OtherLoad, ram_bytes
 from executor.probe import probe
+from experiments.records import OutOfTime, Records, say
 from hrm import BatchShape, Hardware, MoEModel, Policy, Workload, plan
 from hrm.errors import HrmError
 from simulator import simulate
 
-__all__ = ["OWN", "Bench", "OutOfTime", "Records", "predict", "say"]
+__all__ = ["OWN", "Bench", "predict"]
 
 OWN = ("moe-lightning", "cgopipe", "fastdecode", "flexgen-c", "flexgen", "deepspeed-zero")
 """The executor's entries: its systems, and CGOPipe proper."""
 
 _CGOPIPE = "cgopipe"
 _KEEP_SHARE = 0.1
-_KEEP_S = 6 * 3600.0
 _QUIET_SHARE, _PAUSE_S = 0.05, 2.0
-
-
-class OutOfTime(Exception):
-    """The next run would pass the time budget."""
-
-
-class Records:
-    """Plans and runs that have ended, one JSON line each; those made under other conditions are left out."""
-
-    def __init__(self, path: Path, conditions: dict[str, Any]) -> None:
-        self._path, self._conditions = path, json.loads(json.dumps(conditions, default=str))
-        self.rows: list[dict[str, Any]] = []
-        if path.exists():
-            for line in path.read_text().splitlines():
-                try:
-                    row = json.loads(line)
-                except json.JSONDecodeError:
-                    continue  # the line that a kill cut short
-                if row["conditions"] == self._conditions and time.time() - row["written"] < _KEEP_S:
-                    self.rows.append(row)
-
-    def find(self, **keys: Any) -> dict[str, Any] | None:
-        """The row with these entries."""
-        return next((row for row in self.rows if all(row.get(key) == value for key, value in keys.items())), None)
-
-    def add(self, **row: Any) -> dict[str, Any]:
-        """Keep a row."""
-        self.rows.append(row)
-        with self._path.open("a") as stream:
-            stream.write(json.dumps(row | {"conditions": self._conditions, "written": time.time()}) + "\n")
-        return row
-
-    def finish(self) -> None:
-        """Forget the rows on disk: the next call measures anew."""
-        lines = self._path.read_text().splitlines(keepends=True) if self._path.exists() else []
-        kept = [line for line in lines if line.endswith("\n") and json.loads(line)["conditions"] != self._conditions]
-        self._path.write_text("".join(kept))
 
 
 class Bench:
@@ -296,8 +256,3 @@ def _brief(chosen: dict[str, Any]) -> str:
         return f"left out: {chosen['skipped']}"
     tail = f", predicted {chosen['predicted_tok_s']:.2f} tok/s" if "predicted_tok_s" in chosen else ""
     return chosen["described"] + tail
-
-
-def say(text: str) -> None:
-    """Progress, on stderr."""
-    print(text, file=sys.stderr, flush=True)

@@ -26,7 +26,7 @@ from hrm.errors import CheckpointError, InvalidConfig, InvalidValue
 from hrm.model import MoEModel
 from hrm.units import format_bytes
 
-__all__ = ["TORCH_DTYPES", "Checkpoint", "make_checkpoint"]
+__all__ = ["TORCH_DTYPES", "Checkpoint", "described", "is_norm", "make_checkpoint"]
 
 TORCH_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _FILE_DTYPES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
@@ -244,6 +244,43 @@ def _config_object(config: Mapping[str, Any]) -> Any:
         raise InvalidConfig(f"transformers does not read the config: {error}") from None
 
 
+def described(
+    config: Mapping[str, Any], *, name: str, dtype: str | None = None
+) -> tuple[dict[str, Any], MoEModel, Family]:
+    """What a config says of a checkpoint with unquantised weights.
+
+    Parameters
+    ----------
+    config : mapping
+        Content of a ``config.json``.
+    name : str
+        What the model is to be called.
+    dtype : {"float32", "bfloat16", "float16"}, optional
+        By default the config's.
+
+    Returns
+    -------
+    config, model, family
+        The config with that type and without quantisation; the model; its family, for the hub's layout.
+    """
+    config = dict(config)
+    config.pop("quantization_config", None)
+    if dtype is not None:
+        if dtype not in TORCH_DTYPES:
+            raise InvalidValue(f"'dtype' must be one of {', '.join(TORCH_DTYPES)}: {dtype!r}")
+        config.pop("torch_dtype", None)
+        config["dtype"] = dtype
+    model = MoEModel.from_config(config, name=name)
+    if "torch_dtype" not in config:
+        config["dtype"] = model.dtype
+    return config, model, family_of(model, _config_object(config))
+
+
+def is_norm(name: str) -> bool:
+    """Whether a tensor of this name scales a norm: random weights have ones there."""
+    return name.endswith(".weight") and "norm" in name.split(".")[-2]
+
+
 def make_checkpoint(
     config: Mapping[str, Any],
     out: str | Path,
@@ -276,17 +313,7 @@ def make_checkpoint(
         The folder.
     """
     out = Path(out)
-    config = dict(config)
-    config.pop("quantization_config", None)
-    if dtype is not None:
-        if dtype not in TORCH_DTYPES:
-            raise InvalidValue(f"'dtype' must be one of {', '.join(TORCH_DTYPES)}: {dtype!r}")
-        config.pop("torch_dtype", None)
-        config["dtype"] = dtype
-    model = MoEModel.from_config(config, name=out.name)
-    if "torch_dtype" not in config:
-        config["dtype"] = model.dtype
-    family = family_of(model, _config_object(config))
+    config, model, family = described(config, name=out.name, dtype=dtype)
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise InvalidValue(f"{str(out)!r} exists and is not an empty folder; choose another --out.")
     need = model.num_parameters * model.dtype_bytes
@@ -309,7 +336,7 @@ def make_checkpoint(
             tensors = {}
             for name, shape in shapes.items():
                 kept = torch.float32 if name.endswith(family.float32_names) else torch_dtype
-                if name.endswith(".weight") and "norm" in name.split(".")[-2]:
+                if is_norm(name):
                     tensors[name] = torch.ones(shape, dtype=kept)
                 else:
                     values = torch.empty(shape, dtype=torch.float32).normal_(0.0, scale, generator=generator)

@@ -14,6 +14,7 @@ from executor.buffers import JOB_ITEMS
 from executor.checkpoint import Checkpoint
 from executor.gating.base import Gating
 from executor.gating.meter import GatingMeter
+from executor.host_weights import HostWeights
 from executor.jobs import Queue, job_sizes
 from executor.kv_cache import Request
 from executor.machine import ram_bytes
@@ -94,6 +95,9 @@ class Executor:
         Keeps every token's choice of experts.
     gating : GatingMeter, optional
         Brings tokens to experts by another gate than the executor's own dynamic one.
+    host_weights : HostWeights, optional
+        The checkpoint's weights where they lie in host memory already, for one run after the other. They count as
+        pinned if they are page-locked.
     """
 
     def __init__(
@@ -113,6 +117,7 @@ class Executor:
         popularity: np.ndarray | None = None,
         recorder: RouteRecorder | None = None,
         gating: GatingMeter | None = None,
+        host_weights: HostWeights | None = None,
     ) -> None:
         check_runnable(system, policy)
         if gating is not None and policy.expert_slots is not None:
@@ -139,7 +144,8 @@ class Executor:
         if always_staged and pinned_weights:
             raise InvalidValue(f"{system!r} always copies weights to pinned memory; leave --pinned-weights out.")
         if pinned_weights is None:
-            pinned_weights = not always_staged and device.type == "cuda" and streamed < PINNED_SHARE * ram_bytes()
+            locked = streamed < PINNED_SHARE * ram_bytes() if host_weights is None else host_weights.pinned
+            pinned_weights = not always_staged and device.type == "cuda" and locked
         self.pinned_weights = pinned_weights
         self.memory = DeviceMemory(2**62 if device_memory is None else device_memory, device)
         try:
@@ -152,6 +158,7 @@ class Executor:
                 positions=max_tokens,
                 cache_policy=cache_policy,
                 popularity=popularity,
+                host_weights=host_weights,
             )
         except torch.cuda.OutOfMemoryError:
             raise PolicyInfeasible(
@@ -319,6 +326,7 @@ def generate(
     popularity: np.ndarray | None = None,
     recorder: RouteRecorder | None = None,
     gating: Gating | None = None,
+    host_weights: HostWeights | None = None,
     on_answers: Callable[[list[Answer]], None] | None = None,
     on_segment: Callable[[Timeline, BatchShape], None] | None = None,
     on_tokens: Callable[[int], None] | None = None,
@@ -344,7 +352,7 @@ def generate(
         Bytes/s of the link where there is no GPU; None for as fast as copies go.
     gating : Gating, optional
         Brings tokens to experts by another gate (`executor.gating.make_gating`) than the executor's own dynamic one.
-    pinned_weights, sampling, reduce, cache_policy, popularity, recorder
+    pinned_weights, sampling, reduce, cache_policy, popularity, recorder, host_weights
         As those of `Executor`.
     eos_token_ids : sequence of int
         Outputs end with the first of these; the freed place goes to a request that waits.
@@ -408,6 +416,7 @@ def generate(
         popularity=popularity,
         recorder=recorder,
         gating=meter,
+        host_weights=host_weights,
     )
     outputs, measured = executor.run(
         prompts,

@@ -89,6 +89,12 @@ class Prober:
             return self.hardware()
         return _in_thread(lambda: self._again(passes))
 
+    def take_over(self, machine: Hardware) -> None:
+        """Take what lanes cost each other from an earlier full probe of this machine, in place of a full probe."""
+        rates = machine.rates("measured")
+        alone = Curve(((1.0, 1.0),))
+        self._crowd = Crowd(rates.task_s, rates.cores or alone, rates.dram_bandwidth)
+
     def machine_of(self, passes: Passes) -> Hardware:
         """The machine that some passes show: each call by its median."""
         if self._crowd is None:

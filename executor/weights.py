@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import numpy as np
 import torch
@@ -12,6 +12,7 @@ from executor.checkpoint import Checkpoint
 from executor.expert_cache import DeviceExperts
 from executor.families import DecoderLayer
 from executor.grouped_experts import ExpertGroup
+from executor.host_weights import HostWeights
 from executor.kernels import ExpertWeights
 from executor.memory import DeviceMemory, host_tensor
 from executor.weight_layout import LayerWeights
@@ -43,6 +44,8 @@ class WeightStore:
         With ``policy.expert_slots``: which expert makes room for another, see `simulator.experts.cache`.
     popularity : ndarray, [MoE layers, E], optional
         How often each expert is chosen: where only a share of them stays on the device, the most popular do.
+    host_weights : HostWeights, optional
+        Where this checkpoint's weights lie already: what travels are views of them, and nothing is read.
     """
 
     SLOTS = 2
@@ -58,19 +61,23 @@ class WeightStore:
         positions: int,
         cache_policy: str = DEFAULT_POLICY,
         popularity: np.ndarray | None = None,
+        host_weights: HostWeights | None = None,
     ) -> None:
         model = checkpoint.local
+        if host_weights is not None:
+            host_weights.check(checkpoint, ranked=popularity is not None, locked=pinned)
+        self._lying = host_weights
         self._ranking = _ranking(model, popularity)
         self._positions: dict[int, torch.Tensor] = {}
         self.experts_cached: DeviceExperts | None = None
-        self.family, self.model = checkpoint.family, model
+        self.family, self.model, self._device = checkpoint.family, model, memory.device
         self._travels = check_system(system).streams_dense
         self._outer: dict[str, torch.Tensor] = {}
 
         def keep(name: str, tensor: torch.Tensor) -> None:
             self._outer[name] = memory.place("dense_weights", tensor)
 
-        checkpoint.read_dense(None, keep)
+        self._read_dense(checkpoint, None, keep)
         self._norm = self.family.final_norm(self._outer)
         with torch.inference_mode():
             self.rotary = self.family.rotary_tables(positions, memory.device, checkpoint.dtype)
@@ -82,7 +89,7 @@ class WeightStore:
         owed = self._buffer_excess(policy)
         for layer in range(model.num_layers):
             owed = self._load(checkpoint, memory, policy, layer, owed, pinned)
-        self.host_bytes = sum(t.nbytes for t in self.host)
+        self.host_bytes = sum(t.nbytes for t in self.host) if host_weights is None else host_weights.nbytes
         longest = max(layer.streamed for layer in self.layers)
         if policy.expert_slots is not None:
             longest = 0  # nothing comes as a whole layer
@@ -105,6 +112,13 @@ class WeightStore:
         share = policy.weights_on_gpu * largest.num_experts
         return -self.SLOTS * (share - math.floor(share + 1e-9)) * largest.expert_parameters
 
+    def _read_dense(self, checkpoint: Checkpoint, layer: int | None, sink: Callable[[str, torch.Tensor], None]) -> None:
+        if self._lying is None:
+            checkpoint.read_dense(layer, sink)
+        else:
+            for name, tensor in self._lying.dense(layer).items():
+                sink(name, tensor)
+
     def _load(
         self, checkpoint: Checkpoint, memory: DeviceMemory, policy: Policy, layer: int, owed: float, pinned: bool
     ) -> float:
@@ -116,11 +130,11 @@ class WeightStore:
 
         def sort(name: str, tensor: torch.Tensor) -> None:
             if self._travels and tensor.dim() > 1:
-                dense[name] = tensor.clone()
+                dense[name] = tensor.clone() if self._lying is None else tensor
             else:
                 fixed[name] = memory.place("dense_weights", tensor)
 
-        checkpoint.read_dense(layer, sort)
+        self._read_dense(checkpoint, layer, sort)
         names = tuple((name, tuple(tensor.shape)) for name, tensor in dense.items())
         share = policy.weights_on_gpu
         if policy.expert_slots is not None and not ffn.routed:
@@ -134,26 +148,38 @@ class WeightStore:
             whole = max(least, min(ffn.num_experts, math.floor(wanted / ffn.expert_parameters + 1e-9)))
             owed = wanted - whole * ffn.expert_parameters
             plan = LayerWeights.cut(ffn, names, whole / ffn.num_experts, whole_experts=True)
+        if self._lying is None:
+            flat = self._row(checkpoint, layer, plan, dense)
+        else:
+            flat = self._lying.row(layer)[: plan.resident + plan.streamed]
+        kept = memory.empty("resident_experts", (plan.resident,), checkpoint.dtype)
+        kept.copy_(flat[: plan.resident])
+        host = flat[plan.resident :]
+        if self._lying is None:
+            host = host_tensor((plan.streamed,), checkpoint.dtype, pinned=pinned).copy_(host)
+        self.layers.append(plan)
+        self.resident.append(kept)
+        self.host.append(host)
+        self._fixed.append(fixed)
+        return owed
+
+    def _row(
+        self, checkpoint: Checkpoint, layer: int, plan: LayerWeights, dense: Mapping[str, torch.Tensor]
+    ) -> torch.Tensor:
+        """What of a layer may travel, read and laid out in a row."""
+        ffn = plan.ffn
         flat = torch.empty(plan.resident + plan.streamed, dtype=checkpoint.dtype)
         checkpoint.read_experts(layer, flat[: ffn.experts_parameters])
         ranking = self._ranking.get(layer)
         if ranking is not None:
             experts = flat[: ffn.experts_parameters].view(ffn.num_experts, -1)
             experts.copy_(experts[ranking])
-            self._positions[layer] = ranking.argsort().to(memory.device)
+            self._positions[layer] = ranking.argsort().to(self._device)
         start = ffn.experts_parameters
         for tensor in dense.values():
             flat[start : start + tensor.numel()].view(tensor.shape).copy_(tensor)
             start += tensor.numel()
-        kept = memory.empty("resident_experts", (plan.resident,), checkpoint.dtype)
-        kept.copy_(flat[: plan.resident])
-        host = host_tensor((plan.streamed,), checkpoint.dtype, pinned=pinned)
-        host.copy_(flat[plan.resident :])
-        self.layers.append(plan)
-        self.resident.append(kept)
-        self.host.append(host)
-        self._fixed.append(fixed)
-        return owed
+        return flat
 
     def longest_page(self, pages: int) -> int:
         """Elements of the longest page of any layer."""

@@ -13,7 +13,7 @@ from hrm.roofline import RooflinePoint, performance, roofline_point
 from simulator.task import Lane, Op
 from simulator.timeline import Timeline
 
-__all__ = ["explore", "measured_points", "points_frame", "roofline_points"]
+__all__ = ["explore", "kernel_shares", "measured_points", "points_frame", "roofline_points"]
 
 Count = Literal["paper", "exact"]
 
@@ -133,6 +133,37 @@ def measured_points(timeline: Timeline, hardware: Hardware) -> Any:
         if op.value in mine.index and Op.LOAD_W.value in mine.index and mine.loc[Op.LOAD_W.value, "bytes"] > 0:
             add(op.value, "link", mine.loc[op.value, "flops"], mine.loc[Op.LOAD_W.value, "bytes"], durations[phase])
     return pd.DataFrame(rows)
+
+
+def kernel_shares(timeline: Timeline, hardware: Hardware, op: Op = Op.POST_ATTN) -> dict[str, Any]:
+    """What a task class attained in decode, beside what the machine's kernels attain alone.
+
+    Parameters
+    ----------
+    timeline : Timeline
+        A measured one.
+    hardware : Hardware
+        With the rate set "measured": the ceilings are the best of its experts' GEMM and the device's read bandwidth.
+    op : Op
+        By default the one with the experts; its time includes whatever else it computes.
+
+    Returns
+    -------
+    dict
+        ``flops_per_s``, ``of_gemm`` (share of the GEMM ceiling), ``bytes_per_s``, ``of_read`` (share of the read
+        bandwidth), and ``near``: "compute" or "memory", the larger share. Empty without such tasks in decode.
+    """
+    table = timeline.by_op()
+    if ("decode", op.value) not in table.index or not table.loc[("decode", op.value), "seconds"] > 0:
+        return {}
+    row = table.loc[("decode", op.value)]
+    flops, moved = (float(row[key]) / float(row["seconds"]) for key in ("flops", "bytes"))
+    shares = {
+        "of_gemm": flops / hardware.rates("measured").gpu_experts.peak,
+        "of_read": moved / float(hardware.gpu.bandwidth),
+    }
+    near = "compute" if shares["of_gemm"] > shares["of_read"] else "memory"
+    return {"flops_per_s": flops, "bytes_per_s": moved, **shares, "near": near}
 
 
 def explore(

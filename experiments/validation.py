@@ -12,19 +12,17 @@ from __future__ import annotations
 import itertools
 import json
 import math
-import os
 import shlex
-import statistics
-import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from experiments.records import Records, commit, say
 from experiments.validation_cases import QUICK, Case, validation_cases
-from experiments.validation_report import ranking, render, roofs, write
+from experiments.validation_report import judged, render, roofs, write
 from experiments.validation_runs import Runs
 from hrm import Hardware, MoEModel, Plan, Workload, plan
 from hrm.catalog import model_config
@@ -38,7 +36,6 @@ _DEMO_MODEL = "mixtral-demo"
 _DEMO_DEVICE_MEMORY = 288 * 2**20
 # A quick validation tries no case again after this long, to end within three minutes.
 _RETRY_QUICK_S = 75.0
-_KEEP_S = 6 * 3600.0
 # While others use the processor, a case waits this often for a pause before it is predicted.
 _PATIENCE, _PATIENCE_QUICK = 6, 1
 
@@ -81,7 +78,6 @@ def run_validation(
     started = time.monotonic()
     out = out or Path("out")
     out.mkdir(parents=True, exist_ok=True)
-    say = _say
     target = pick_device(device)
     if checkpoint is None:
         checkpoint = _demo_checkpoint(out, say)
@@ -98,7 +94,8 @@ def run_validation(
     cases = list(validation_cases(chosen.policy, chosen.workload.gen_len, lens, pace, target.type == "cuda"))
     if quick:
         cases = [case for case in cases if case.name in QUICK]
-    kept = _Kept(out / "cases.partial.jsonl", _conditions(checkpoint, device_memory, pace, machine))
+    partial = out / "cases.partial.jsonl"
+    kept = Records(partial, _conditions(checkpoint, device_memory, pace, machine))
     patience = _PATIENCE_QUICK if quick else _PATIENCE
     deadline = started + _RETRY_QUICK_S if quick else math.inf
     runs = Runs(opened, prober, target, device_memory, say, patience, deadline)
@@ -107,49 +104,29 @@ def run_validation(
         waiting = []
         for case in group:
             number += 1
-            done = kept.find(case)
+            done = kept.find(case=_key(case))
             say(f"case {number}/{len(cases)}: {case.name} " + ("was finished before" if done else f"({case.policy})"))
             if done:
-                rows.append(done)
+                rows.append(done["row"])
             else:
                 waiting.append(runs.measure(case))
         for run, row, prediction in runs.predict(waiting):
-            kept.add(run.case, row)
+            kept.add(case=_key(run.case), row=row)
             rows.append(row)
             if run.case.name == "planned":
                 _save_timelines(run.case, prediction.timeline, run.timeline, out)
-    errors = [abs(row["error"]) for row in rows]
-    quiet = [abs(row["error"]) for row in rows if not row["disturbed"]]
     result = {
         "cases": rows,
-        "mean_abs_error": statistics.fmean(errors),
-        "worst_abs_error": max(errors),
-        "ranking": ranking(rows),
-        "undisturbed": {
-            "cases": len(quiet),
-            "mean_abs_error": statistics.fmean(quiet) if quiet else None,
-            "worst_abs_error": max(quiet, default=None),
-        },
+        **judged(rows),
         "machine": {**machine.facts, "roofline": roofs(machine)},
         "plan": chosen.to_dict(),
         "command": "hrm " + shlex.join(sys.argv[1:]),
-        "commit": _commit(),
+        "commit": commit(),
         "files": sorted(str(p) for p in out.glob("*.*") if p.suffix in (".json", ".png", ".csv")),
     }
     write(result, out)
-    kept.finish()
+    partial.unlink(missing_ok=True)
     return result
-
-
-def _commit() -> str | None:
-    """The commit of the checkout that this code lies in, marked if files differ from it; None without one."""
-    git = ["git", "-C", str(Path(__file__).parent)]
-    try:
-        commit = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True, check=True)
-        changed = subprocess.run([*git, "status", "--porcelain"], capture_output=True, text=True, check=True)
-    except (OSError, subprocess.CalledProcessError):
-        return None
-    return commit.stdout.strip() + ("-dirty" if changed.stdout.strip() else "")
 
 
 def _conditions(checkpoint: Path, device_memory: int | None, pace: float | None, machine: Hardware) -> dict[str, str]:
@@ -157,10 +134,6 @@ def _conditions(checkpoint: Path, device_memory: int | None, pace: float | None,
     facts = ("cpu", "gpu", "cores", "python", "torch", "transformers")
     given = {"checkpoint": checkpoint.resolve(), "device_memory": device_memory, "link": pace}
     return {key: str(value) for key, value in (given | {k: machine.facts.get(k) for k in facts}).items()}
-
-
-def _say(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)
 
 
 def _demo_checkpoint(out: Path, say: Callable[[str], None]) -> Path:
@@ -191,38 +164,9 @@ def _plan(model: MoEModel, machine: Hardware, device_memory: int | None, pace: f
     return plan(model, here, workload, num_requests=96, attention_on_gpu=False, ffn_on_gpu=True)
 
 
-class _Kept:
-    """Cases that a killed run had finished, one JSON line each."""
-
-    def __init__(self, path: Path, header: Mapping[str, str]) -> None:
-        self._path, self._header = path, dict(header)
-        self._rows: dict[str, dict[str, Any]] = {}
-        if path.exists():
-            for line in path.read_text().splitlines():
-                try:
-                    entry = json.loads(line)
-                except json.JSONDecodeError:
-                    continue  # the line that the kill cut short
-                if entry["header"] == self._header and time.time() - entry["written"] < _KEEP_S:
-                    self._rows[entry["case"]] = entry["row"]
-
-    @staticmethod
-    def _key(case: Case) -> str:
-        # The planner's choice moves with the probe; the finished planned case stands for it.
-        return case.name if case.name == "planned" else json.dumps(asdict(case))
-
-    def find(self, case: Case) -> dict[str, Any] | None:
-        return self._rows.get(self._key(case))
-
-    def add(self, case: Case, row: dict[str, Any]) -> None:
-        with self._path.open("a") as stream:
-            entry = {"header": self._header, "written": time.time(), "case": self._key(case), "row": row}
-            stream.write(json.dumps(entry) + "\n")
-            stream.flush()
-            os.fsync(stream.fileno())
-
-    def finish(self) -> None:
-        self._path.unlink(missing_ok=True)
+def _key(case: Case) -> str:
+    """What a finished case is found by; the planner's choice moves with the probe, so that its name stands for it."""
+    return case.name if case.name == "planned" else json.dumps(asdict(case))
 
 
 def _save_timelines(case: Case, predicted: Timeline, measured: Timeline, out: Path) -> None:

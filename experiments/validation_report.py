@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+import statistics
 from pathlib import Path
 from typing import Any
 
 from hrm import Hardware
 from hrm.units import format_bandwidth, format_bytes, format_flops, format_seconds
 
-__all__ = ["ranking", "render", "roofs", "write"]
+__all__ = ["judged", "ranking", "render", "roofs", "write"]
 
 _APART = 0.05
 """Two systems that differ by less are not ranked."""
@@ -30,6 +31,22 @@ def ranking(cases: list[dict[str, Any]]) -> dict[str, Any]:
                 wrong.append([one["name"], other["name"]])
     pairs = right + len(wrong)
     return {"pairs": pairs, "right": right, "share": right / pairs if pairs else None, "wrong": wrong}
+
+
+def judged(cases: list[dict[str, Any]]) -> dict[str, Any]:
+    """How far predictions were off, over all cases and over the undisturbed ones, and the ranking of systems."""
+    errors = [abs(row["error"]) for row in cases]
+    quiet = [abs(row["error"]) for row in cases if not row["disturbed"]]
+    return {
+        "mean_abs_error": statistics.fmean(errors),
+        "worst_abs_error": max(errors),
+        "ranking": ranking(cases),
+        "undisturbed": {
+            "cases": len(quiet),
+            "mean_abs_error": statistics.fmean(quiet) if quiet else None,
+            "worst_abs_error": max(quiet, default=None),
+        },
+    }
 
 
 def roofs(machine: Hardware) -> dict[str, float]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import math
 import statistics
 import time
@@ -15,15 +16,15 @@ from hrm.bound import physical_bound
 from hrm.memory import batch_footprint
 from hrm.rates import Rates
 from simulator import Prediction, Timeline, simulate
-from simulator.compare import compare
-from simulator.experts.study import decode_miss_rate
+from simulator.loss import Loss, account
 
 if TYPE_CHECKING:
     from executor.checkpoint import Checkpoint
+    from executor.host_weights import HostWeights
     from executor.probe import Passes, Prober
     from executor.results import GenerationResult
 
-__all__ = ["Run", "Runs"]
+__all__ = ["Run", "Runs", "described", "expected"]
 
 _MOST_TRIES = 3
 _QUIET_SHARE = 0.05
@@ -46,6 +47,8 @@ class Run:
     miss_rate: float | None = None
     """With an expert cache: of this checkpoint's routing on other prompts."""
     attempts: int = 1
+    allocated: int | None = None
+    """With a GPU: most bytes that torch's allocator had in use for the run."""
 
     @property
     def timeline(self) -> Timeline:
@@ -84,6 +87,12 @@ class Runs:
         Pauses that a case waits for while others use the processor.
     deadline : float
         `time.monotonic` moment after which nothing is tried again.
+    capped : bool
+        Whether `device_memory` is the budget of every case.
+    passes : tuple of int
+        Passes of the probe right before and right after a case.
+    host_weights : HostWeights, optional
+        The checkpoint's weights, for all cases.
     """
 
     def __init__(
@@ -95,18 +104,30 @@ class Runs:
         say: Callable[[str], None],
         patience: int,
         deadline: float,
+        *,
+        capped: bool = False,
+        passes: tuple[int, int] = (2, 1),
+        host_weights: HostWeights | None = None,
     ) -> None:
         self._checkpoint, self._prober, self._device = checkpoint, prober, device
         self._device_memory, self._say = device_memory, say
         self._patience, self._deadline = patience, deadline
+        self._capped, self._passes, self._host_weights = capped, passes, host_weights
 
-    def measure(self, case: Case) -> Run:
-        """Run a case, again if it was disturbed; the least disturbed try counts."""
+    def measure(self, case: Case, *, on_probe: Callable[[Passes], None] | None = None) -> Run:
+        """Run a case, again if it was disturbed; the least disturbed try counts.
+
+        Parameters
+        ----------
+        case : Case
+        on_probe : callable, optional
+            Called with the passes of the probe before each try, when the run has not begun.
+        """
         best: Run | None = None
         attempts = 0
         while attempts < _MOST_TRIES:
             attempts += 1
-            run = self._try(case)
+            run = self._try(case, on_probe)
             disturbed = ", disturbed" if run.disturbance > 1 else ""
             self._say(
                 f"  measured {run.result.throughput_tok_s:.1f} tok/s; others took {run.taken_by_others:.0%} of the "
@@ -125,14 +146,17 @@ class Runs:
             return
         machine = self._prober.machine_of([single for run in runs for single in (*run.before, *run.after)])
         for run in runs:
-            row, prediction = _predict(run, self._checkpoint.model, machine)
+            prediction, rates = expected(run.case, self._checkpoint.model, machine, run.miss_rate)
+            row = described(run, self._checkpoint.model, rates, prediction)
             self._say(
                 f"  {run.case.name}: predicted {row['predicted_tok_s']:.1f}, measured {row['measured_tok_s']:.1f} "
                 f"tok/s ({row['error']:+.1%})"
             )
             yield run, row, prediction
 
-    def _try(self, case: Case) -> Run:
+    def _try(self, case: Case, on_probe: Callable[[Passes], None] | None) -> Run:
+        import torch
+
         from executor.generate import generate
         from executor.machine import OtherLoad
 
@@ -140,15 +164,25 @@ class Runs:
         waited = 0
         while True:
             with OtherLoad() as before_load:
-                self._prober.refresh()
+                self._prober.refresh(self._passes[0])
             if before_load.share <= _QUIET_SHARE or waited >= self._patience:
                 break
             time.sleep(_PAUSE_S)
             waited += 1
         before = self._prober.last_passes
+        if on_probe:
+            on_probe(before)
         memory = batch_footprint(model, shape, case.policy, system=case.system)
-        given = self._device_memory if case.name == "planned" else None
+        given = self._device_memory if self._capped or case.name == "planned" else None
         budget = given or math.ceil(memory.gpu_bytes)
+        cuda = self._device.type == "cuda"
+        lent, probes = budget if not cuda else self._device_memory, 0
+        if cuda:
+            gc.collect()
+            torch.cuda.empty_cache()
+            # The probe's own buffers lie beside the run's, and are not the run's to fit.
+            probes = torch.cuda.memory_allocated(self._device)
+            lent = None if lent is None else lent + probes
         prompts = _prompts(case, model, 7919)
         with OtherLoad() as load:
             result = generate(
@@ -159,11 +193,13 @@ class Runs:
                 system=case.system,
                 pinned_weights=case.pinned_weights,
                 device=self._device.type,
-                device_memory=budget if self._device.type == "cpu" else self._device_memory,
+                device_memory=lent,
                 link_bandwidth=case.link_bandwidth,
+                host_weights=self._host_weights,
             )
+        allocated = torch.cuda.max_memory_allocated(self._device) - probes if cuda else None
         with OtherLoad() as after_load:
-            self._prober.refresh(passes=1)
+            self._prober.refresh(self._passes[1])
         return Run(
             case=case,
             result=result,
@@ -172,6 +208,7 @@ class Runs:
             budget=budget,
             taken_by_others=max(before_load.share, load.share, after_load.share),
             miss_rate=self._miss_rate(case),
+            allocated=allocated,
         )
 
     def _miss_rate(self, case: Case) -> float | None:
@@ -180,6 +217,7 @@ class Runs:
             return None
         from executor.generate import generate
         from executor.recording import RouteRecorder
+        from simulator.experts.study import decode_miss_rate
 
         recorder = RouteRecorder(self._checkpoint.local)
         generate(
@@ -199,14 +237,44 @@ def _prompts(case: Case, model: MoEModel, factor: int) -> list[list[int]]:
     return [[(factor * (i + 1) * (j + 3)) % size for j in range(n)] for i, n in enumerate(case.lengths())]
 
 
-def _predict(run: Run, model: MoEModel, machine: Hardware) -> tuple[dict[str, Any], Prediction]:
-    case, result, measured = run.case, run.result, run.timeline
-    shape = case.shape()
+def expected(
+    case: Case, model: MoEModel, machine: Hardware, miss_rate: float | None = None, *, keep_timeline: bool = True
+) -> tuple[Prediction, Rates]:
+    """What the simulator says of a case on a probed machine, and the rates that it says so from.
+
+    Parameters
+    ----------
+    keep_timeline : bool
+        Keep every task of a long run, which a comparison with the measured timeline needs.
+    """
     rates = replace(machine.rates().with_link(case.link_bandwidth), stages_weights=not case.pinned_weights)
-    prediction = simulate(model, rates, case.policy, shape, system=case.system, exact=True, miss_rate=run.miss_rate)
+    prediction = simulate(
+        model,
+        rates,
+        case.policy,
+        case.shape(),
+        system=case.system,
+        exact=True,
+        keep_timeline=keep_timeline,
+        miss_rate=miss_rate,
+    )
+    return prediction, rates
+
+
+def described(
+    run: Run, model: MoEModel, rates: Rates, prediction: Prediction, loss: Loss | None = None
+) -> dict[str, Any]:
+    """A run beside its prediction: the row of a validation's table.
+
+    Parameters
+    ----------
+    loss : Loss, optional
+        Where the time of a decode step went, if that is known already.
+    """
+    case, result, measured, shape = run.case, run.result, run.timeline, run.case.shape()
     op, seconds = _worst_class(prediction.timeline, measured)
     steps = case.batch_size * (case.gen_len - 1)
-    row = asdict(case) | {
+    return asdict(case) | {
         "num_micro_batches": case.policy.num_micro_batches,
         "prompt_lens": list(case.prompt_lens),
         "predicted_tok_s": prediction.throughput_tok_s,
@@ -217,7 +285,7 @@ def _predict(run: Run, model: MoEModel, machine: Hardware) -> tuple[dict[str, An
         "predicted_decode_s": prediction.decode_s,
         "measured_decode_s": result.decode_s,
         **_limit(case, model, rates, shape, steps / result.decode_s if steps else 0.0),
-        "loss": compare(prediction.timeline, measured).loss().sentence(),
+        "loss": (loss or account(prediction.timeline, measured)).sentence(),
         "predicted_utilization": prediction.timeline.decode_utilization(),
         "measured_utilization": measured.decode_utilization(),
         "most_off": op,
@@ -230,7 +298,6 @@ def _predict(run: Run, model: MoEModel, machine: Hardware) -> tuple[dict[str, An
         "miss_rate": run.miss_rate,
         "disturbed": run.disturbance > 1,
     }
-    return row, prediction
 
 
 def _limit(case: Case, model: MoEModel, rates: Rates, shape: BatchShape, measured: float) -> dict[str, Any]:

@@ -11,8 +11,8 @@ import pandas as pd
 
 from hrm.errors import InvalidSchedule
 from hrm.units import format_seconds
-from simulator.loss import Loss, account, tail
-from simulator.task import LANES, OPS, Lane, Schedule
+from simulator.loss import Loss, account, check_alike, tail
+from simulator.task import LANES, OPS, Lane
 from simulator.timeline import Timeline
 
 __all__ = ["Comparison", "compare"]
@@ -230,10 +230,6 @@ def _waits_of(timeline: Timeline, lane: Lane, first: float, last: float) -> dict
     return spent
 
 
-def _describe(schedule: Schedule) -> str:
-    return repr(schedule).strip("<>")
-
-
 def compare(predicted: Timeline, measured: Timeline) -> Comparison:
     """Set two timelines of the same schedule side by side.
 
@@ -251,13 +247,7 @@ def compare(predicted: Timeline, measured: Timeline) -> Comparison:
     InvalidSchedule
         If the schedules differ; the message names both.
     """
-    if predicted.schedule != measured.schedule:
-        first, second = _describe(predicted.schedule), _describe(measured.schedule)
-        detail = "" if first != second else " (equal in size, other tasks or dependencies)"
-        raise InvalidSchedule(
-            f"the timelines are of different schedules, {first} ({predicted.source}) and {second} "
-            f"({measured.source}){detail}; simulate the policy and lengths that were run, with --exact."
-        )
+    check_alike(predicted, measured)
     if not len(predicted.schedule):
         raise InvalidSchedule("the timelines have no tasks.")
     ours, theirs = _by_op(predicted), _by_op(measured)
@@ -296,7 +286,7 @@ def compare(predicted: Timeline, measured: Timeline) -> Comparison:
         totals=totals,
         idle=_idle(predicted, measured),
         waits=_waits(predicted, measured),
-        schedule=f"{_describe(predicted.schedule)}: {predicted.source} "
+        schedule=f"{repr(predicted.schedule).strip('<>')}: {predicted.source} "
         f"{format_seconds(predicted.makespan)}, {measured.source} {format_seconds(measured.makespan)}",
         predicted=predicted,
         measured=measured,

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-__all__ = ["COMPILED", "FINISHED", "NEED_MORE", "STUCK", "advance", "fair_shares", "recurrence", "vector"]
+__all__ = ["COMPILED", "FINISHED", "NEED_MORE", "STUCK", "advance", "compiled", "fair_shares", "recurrence", "vector"]
 
 Compiler = Callable[[Callable[..., Any]], Callable[..., Any]]
 
@@ -18,11 +18,12 @@ try:
     from numba import njit
 
     COMPILED = True
-    _compiled: Compiler = njit(cache=True, nogil=True)
+    compiled: Compiler = njit(cache=True, nogil=True)
 except ImportError:  # pragma: no cover - a test runs this in a process of its own
     COMPILED = False
 
-    def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
+    def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
+        """`function` as it is: there is no numba."""
         return function
 
 
@@ -36,7 +37,7 @@ def vector(values: Any, dtype: Any = np.float64) -> Any:
     return array if COMPILED else array.tolist()
 
 
-@_compiled
+@compiled
 def recurrence(queue, dep_start, dep_back, seconds, base, free, ring, start, end, keep):  # type: ignore[no-untyped-def]
     """start = max(end of dependencies, end of predecessor in the queue), in issue order.
 
@@ -60,7 +61,7 @@ def recurrence(queue, dep_start, dep_back, seconds, base, free, ring, start, end
             end[i] = stop
 
 
-@_compiled
+@compiled
 def _curve(xs, ys, first, last, x):  # type: ignore[no-untyped-def]
     """The piecewise linear curve through points first..last-1, constant outside."""
     if x <= xs[first]:
@@ -71,7 +72,7 @@ def _curve(xs, ys, first, last, x):  # type: ignore[no-untyped-def]
     return ys[last - 1]
 
 
-@_compiled
+@compiled
 def fair_shares(running, count, demand, resources, curve_start, curve_x, curve_y, speed, limit, room, given, wants):  # type: ignore[no-untyped-def]
     """Max-min fair speeds of the `count` tasks in slots `running`; see `simulator.engine.fair_speeds`.
 
@@ -152,7 +153,7 @@ def fair_shares(running, count, demand, resources, curve_start, curve_x, curve_y
                     room[r] = max(1e-12 * given[r], room[r] - slowest * demand[slot * resources + r])
 
 
-@_compiled
+@compiled
 def advance(  # type: ignore[no-untyped-def]
     num_queues, resources, last_segment, window_first, window_end, num_segments,
     seg_template, seg_offset, seg_base,

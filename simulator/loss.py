@@ -10,10 +10,10 @@ import pandas as pd
 
 from hrm.errors import InvalidSchedule, InvalidValue
 from hrm.units import format_seconds
-from simulator.task import LANES, OPS, Lane
+from simulator.task import LANES, OPS, Lane, Schedule
 from simulator.timeline import Timeline
 
-__all__ = ["AFTER_LAST", "Loss", "account", "tail"]
+__all__ = ["AFTER_LAST", "Loss", "account", "check_alike", "tail"]
 
 AFTER_LAST = "after its last task"
 """What a lane is said to wait for when it has nothing left to do in the window."""
@@ -129,12 +129,28 @@ def _by_class(codes: np.ndarray, seconds: np.ndarray) -> dict[str, float]:
     return {OPS[code].value: float(sums[code]) for code in np.unique(codes)}
 
 
+def check_alike(predicted: Timeline, measured: Timeline) -> None:
+    """Raise `InvalidSchedule` if two timelines are of different schedules; the message names both."""
+    if predicted.schedule != measured.schedule:
+        first, second = _describe(predicted.schedule), _describe(measured.schedule)
+        detail = "" if first != second else " (equal in size, other tasks or dependencies)"
+        raise InvalidSchedule(
+            f"the timelines are of different schedules, {first} ({predicted.source}) and {second} "
+            f"({measured.source}){detail}; simulate the policy and lengths that were run, with --exact."
+        )
+
+
+def _describe(schedule: Schedule) -> str:
+    return repr(schedule).strip("<>")
+
+
 def account(predicted: Timeline, measured: Timeline, *, window: str = "steady", lane: Lane | None = None) -> Loss:
     """Split the measured time of a lane; `Comparison.loss` has the parameters.
 
     Tasks that reach into the window with a part of their measured time count there with that part of their predicted
     time.
     """
+    check_alike(predicted, measured)
     schedule = measured.schedule
     if window not in ("steady", "run"):
         raise InvalidValue(f"window must be 'steady' or 'run', not {window!r}.")

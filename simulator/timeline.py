@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gzip
 import json
+import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -183,7 +185,7 @@ class Timeline:
         return table
 
     def save(self, path: str | Path) -> None:
-        """Write the timeline as JSON; `load` reads it back."""
+        """Write the timeline as JSON, compressed where the name ends in ".gz"; `load` reads it back."""
         data = {
             "format": _FORMAT,
             "source": self.source,
@@ -194,15 +196,21 @@ class Timeline:
             "bytes": self.bytes.tolist(),
             "flops": self.flops.tolist(),
         }
-        Path(path).write_text(json.dumps(data))
+        text, path = json.dumps(data), Path(path)
+        if path.suffix == ".gz":
+            path.write_bytes(gzip.compress(text.encode(), mtime=0))
+        else:
+            path.write_text(text)
 
     @classmethod
     def load(cls, path: str | Path) -> Timeline:
         """Read a timeline that `save` wrote; raises `InvalidSchedule` on anything else."""
         try:
-            data = json.loads(Path(path).read_text())
-        except OSError as error:
-            raise InvalidSchedule(f"cannot read timeline {str(path)!r}: {error.strerror}.") from None
+            raw = Path(path).read_bytes()
+            data = json.loads(gzip.decompress(raw) if Path(path).suffix == ".gz" else raw)
+        except (OSError, EOFError, zlib.error) as error:
+            reason = getattr(error, "strerror", None) or error
+            raise InvalidSchedule(f"cannot read timeline {str(path)!r}: {reason}.") from None
         except (json.JSONDecodeError, UnicodeDecodeError) as error:
             raise InvalidSchedule(f"timeline {str(path)!r} is not JSON: {error}.") from None
         if not isinstance(data, dict) or data.get("format") != _FORMAT:

@@ -6,18 +6,14 @@ writes 1 for every access that misses.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
-
 import numpy as np
-from numba import njit
+
+from simulator.kernels import compiled
 
 __all__ = ["active_sets", "belady", "fifo", "inactive_first_lifo", "lfu", "lifo", "lru", "next_use"]
 
-_compiled: Callable[[Callable[..., Any]], Callable[..., Any]] = njit(cache=True, nogil=True)
 
-
-@_compiled
+@compiled
 def _ones(bits):  # type: ignore[no-untyped-def]
     """Ones among 64 bits; compiles to one instruction."""
     bits = bits - ((bits >> np.uint64(1)) & np.uint64(0x5555555555555555))
@@ -26,7 +22,7 @@ def _ones(bits):  # type: ignore[no-untyped-def]
     return np.int64((bits * np.uint64(0x0101010101010101)) >> np.uint64(56))
 
 
-@_compiled
+@compiled
 def active_sets(chosen, bounds, num_experts, experts, offsets):  # type: ignore[no-untyped-def]
     """Distinct ids of every batch, sorted; returns how many there are in all."""
     seen = np.full(num_experts, -1, np.int64)
@@ -58,7 +54,7 @@ def active_sets(chosen, bounds, num_experts, experts, offsets):  # type: ignore[
     return at
 
 
-@_compiled
+@compiled
 def fifo(experts, offsets, num_experts, slots, missed):  # type: ignore[no-untyped-def]
     there = np.zeros(num_experts, np.bool_)
     held = np.full(slots, -1, np.int64)
@@ -77,7 +73,7 @@ def fifo(experts, offsets, num_experts, slots, missed):  # type: ignore[no-untyp
             oldest = 0
 
 
-@_compiled
+@compiled
 def lifo(experts, offsets, num_experts, slots, missed):  # type: ignore[no-untyped-def]
     there = np.zeros(num_experts, np.bool_)
     used = 0
@@ -95,7 +91,7 @@ def lifo(experts, offsets, num_experts, slots, missed):  # type: ignore[no-untyp
         there[expert] = True
 
 
-@_compiled
+@compiled
 def inactive_first_lifo(experts, offsets, num_experts, slots, missed):  # type: ignore[no-untyped-def]
     # A doubly linked list by admission; `num_experts` is its head and tail.
     older = np.full(num_experts + 1, num_experts, np.int64)
@@ -132,7 +128,7 @@ def inactive_first_lifo(experts, offsets, num_experts, slots, missed):  # type: 
             there[expert] = True
 
 
-@_compiled
+@compiled
 def lru(experts, offsets, num_experts, slots, missed):  # type: ignore[no-untyped-def]
     # A doubly linked list by last use; `num_experts` is its head and tail.
     older = np.full(num_experts + 1, num_experts, np.int64)
@@ -161,7 +157,7 @@ def lru(experts, offsets, num_experts, slots, missed):  # type: ignore[no-untype
         older[num_experts] = expert
 
 
-@_compiled
+@compiled
 def lfu(experts, offsets, num_experts, slots, missed):  # type: ignore[no-untyped-def]
     slot_of = np.full(num_experts, -1, np.int64)
     held = np.full(slots, -1, np.int64)
@@ -191,7 +187,7 @@ def lfu(experts, offsets, num_experts, slots, missed):  # type: ignore[no-untype
         stays[slot] = (uses[expert] << 40) + i
 
 
-@_compiled
+@compiled
 def belady(experts, offsets, num_experts, slots, missed):  # type: ignore[no-untyped-def]
     accesses = len(experts)
     soonest = np.empty(num_experts, np.int64)
@@ -230,7 +226,7 @@ _BLOCK = 16_384
 """Experts whose squared shares, of at most 2**16 each, add up within 32 bits."""
 
 
-@_compiled
+@compiled
 def _forget(share, forget):  # type: ignore[no-untyped-def]
     """What is left of every share if its expert was not used, in place; the sum of squares of the shares before.
 
@@ -250,7 +246,7 @@ def _forget(share, forget):  # type: ignore[no-untyped-def]
     return whole
 
 
-@_compiled
+@compiled
 def _likeness_votes(met, before, weights, given):  # type: ignore[no-untyped-def]
     """What every batch looked back on gives to the experts of the one after it, in `given`; the sum of all.
 
@@ -272,7 +268,7 @@ def _likeness_votes(met, before, weights, given):  # type: ignore[no-untyped-def
     return total
 
 
-@_compiled
+@compiled
 def _vote_one_by_one(votes, experts, batch_of, given, first):  # type: ignore[no-untyped-def]
     """Add ``given[b - first]`` to the votes of the expert of every access, whose batch is b."""
     for i in range(len(experts)):
@@ -281,7 +277,7 @@ def _vote_one_by_one(votes, experts, batch_of, given, first):  # type: ignore[no
         votes[expert] = np.int32(votes[expert] + given[batch])
 
 
-@_compiled
+@compiled
 def _vote_by_rows(votes, masks, given, row, count):  # type: ignore[no-untyped-def]
     """Add ``given[j]`` to the votes of the experts in each of `count` rows of the ring after `row`; zeros follow.
 
@@ -305,7 +301,7 @@ def _vote_by_rows(votes, masks, given, row, count):  # type: ignore[no-untyped-d
             votes[expert] = np.int32(votes[expert] + np.int32(one + two))
 
 
-@_compiled
+@compiled
 def next_use(  # type: ignore[no-untyped-def]
     experts, offsets, num_experts, slots, missed, window, one, short, long, latest, judge, weights
 ):  # fmt: skip

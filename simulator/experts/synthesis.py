@@ -12,18 +12,15 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import lru_cache, partial
-from typing import Any
 
 import numpy as np
-from numba import njit
 
 from hrm.errors import InvalidValue, UnknownName
 from simulator.experts.statistics import STATISTICS, trace_statistics
 from simulator.experts.trace import RoutingTrace
+from simulator.kernels import compiled
 
 __all__ = ["SYNTHETIC", "Knobs", "Routing", "draw_choices", "find_knobs", "synthesize", "synthetic_trace"]
-
-_compiled: Callable[[Callable[..., Any]], Callable[..., Any]] = njit(cache=True, nogil=True)
 
 _ROUNDS = 3
 _HALVINGS = 9
@@ -302,7 +299,7 @@ def draw_choices(shares: np.ndarray, top_k: int, tokens: int, random: np.random.
     return chosen
 
 
-@_compiled
+@compiled
 def _choose(cumulative, tokens, chosen, random):  # type: ignore[no-untyped-def]
     """k distinct experts for every token, one after the other by weight among those that are left."""
     batches, count = cumulative.shape
@@ -340,7 +337,7 @@ def _choose(cumulative, tokens, chosen, random):  # type: ignore[no-untyped-def]
                 chosen[at, choice] = expert
 
 
-@_compiled
+@compiled
 def _left(row, taken, count_taken, where):  # type: ignore[no-untyped-def]
     """One of the experts not yet taken, by weight, without trying again and again where a few have nearly all of it."""
     free = np.empty(len(row))
@@ -361,7 +358,7 @@ def _left(row, taken, count_taken, where):  # type: ignore[no-untyped-def]
     return last
 
 
-@_compiled
+@compiled
 def _remember(moods, memory):  # type: ignore[no-untyped-def]
     """Make white noise, [batches, E], an autoregression of the same variance, in place."""
     fresh = np.sqrt(1.0 - memory * memory)

@@ -191,6 +191,20 @@ def test_other_files_are_refused(tmp_path: Path, content: bytes, message: str) -
     assert "\n" not in str(caught.value)
 
 
+def test_a_compressed_timeline_is_the_same(simulated: Timeline, tmp_path: Path) -> None:
+    """The name says that it is compressed; a part of it is refused."""
+    plain, packed = tmp_path / "t.json", tmp_path / "t.json.gz"
+    simulated.save(plain)
+    simulated.save(packed)
+    one, two = Timeline.load(plain), Timeline.load(packed)
+    assert one.schedule == two.schedule and np.array_equal(one.end, two.end)
+    assert packed.stat().st_size < plain.stat().st_size / 3
+    for content in (packed.read_bytes()[:-40], b"plain", plain.read_bytes()):
+        packed.write_bytes(content)
+        with pytest.raises(InvalidSchedule, match="cannot read"):
+            Timeline.load(packed)
+
+
 def test_a_missing_file_is_refused(tmp_path: Path) -> None:
     """A path that is not there is refused by path."""
     with pytest.raises(InvalidSchedule, match=r"cannot read timeline '.*none.json': No such file"):
