@@ -12,7 +12,7 @@ import os
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import lru_cache
 from typing import Any
 
@@ -105,24 +105,27 @@ class PacedLink:
         if self.bandwidth is None:
             target.copy_(source)
             return
-        begin = max(self._free_at, ready) if ready else time.perf_counter()
-        size = source.numel()
-        width = source.element_size()
         # About a millisecond of link time: long enough for sleep, short enough to be smooth.
-        chunk = max(65536, int(self.bandwidth * 1e-3)) // width
-        flat_target, flat_source = target.view(-1), source.view(-1)
-        for first in range(0, size, chunk):
-            last = min(first + chunk, size)
-            flat_target[first:last].copy_(flat_source[first:last])
-            due = begin + last * width / self.bandwidth
+        chunk = max(65536, int(self.bandwidth * 1e-3)) // source.element_size()
+        self.copy_pieces(zip(target.view(-1).split(chunk), source.view(-1).split(chunk), strict=True), ready)
+
+    def copy_pieces(self, pieces: Iterable[tuple[torch.Tensor, torch.Tensor]], ready: float = 0.0) -> None:
+        """Copy (target, source) after (target, source) as one transfer; otherwise as `copy`."""
+        if self.bandwidth is None:
+            for target, source in pieces:
+                target.copy_(source)
+            return
+        due = max(self._free_at, ready) if ready else time.perf_counter()
+        for target, source in pieces:
+            target.copy_(source)
+            due += source.nbytes / self.bandwidth
             ahead = due - time.perf_counter()
             if ahead > _SPIN_S:
                 time.sleep(ahead)
-            elif last == size:
-                while time.perf_counter() < due:  # shorter than a sleep can be
-                    pass
+        while time.perf_counter() < due:  # shorter than a sleep can be
+            pass
         # A late wake-up is not the link's time; a copy that could not keep the pace is.
-        due, now = begin + size * width / self.bandwidth, time.perf_counter()
+        now = time.perf_counter()
         self._free_at = due if now - due < _WAKE_UP_SLACK_S else now
 
 

@@ -17,7 +17,7 @@ import torch
 from executor.bench import Bench, Key
 from executor.contention import Contention, Crowd, crowd_of
 from executor.machine import OtherLoad
-from hrm.hardware import Hardware
+from hrm.hardware import Curve, Hardware
 from hrm.model import MoEModel
 
 __all__ = ["Prober", "probe"]
@@ -93,7 +93,7 @@ class Prober:
         """Take what lanes cost each other from an earlier full probe of this machine, in place of a full probe."""
         rates = machine.rates("measured")
         alone = Curve(((1.0, 1.0),))
-        self._crowd = Crowd(rates.task_s, rates.cores or alone, rates.dram_bandwidth)
+        self._crowd = Crowd(rates.task_s, rates.cores or alone, rates.dram_bandwidth, rates.processors)
 
     def machine_of(self, passes: Passes) -> Hardware:
         """The machine that some passes show: each call by its median."""

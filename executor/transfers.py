@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 
@@ -57,6 +57,13 @@ class Transfers:
         else:
             link.copy(target, source, ready)
 
+    def _copy_pieces(self, link: PacedLink, pieces: Sequence[tuple[torch.Tensor, torch.Tensor]], ready: float) -> None:
+        if self._places.cuda:
+            for target, source in pieces:
+                target.copy_(source, non_blocking=True)
+        else:
+            link.copy_pieces(pieces, ready)
+
     def _land(self) -> None:
         """Wait until what the device sent is there, before the host touches it."""
         if self._places.cuda:
@@ -105,8 +112,8 @@ class Transfers:
         """OffloadFFN: normed states and the tokens' choice of experts to the host."""
         n = self._places.part(part).size
         here, there = self._places.device_ffn(step, layer, part), self._places.host_ffn(step, layer, part)
-        for target, source in ((there.states, here.states), (there.index, here.index), (there.weight, here.weight)):
-            self._copy(self._down, target[:n].view(-1), source[:n].view(-1), ready)
+        pairs = ((there.states, here.states), (there.index, here.index), (there.weight, here.weight))
+        self._copy_pieces(self._down, [(target[:n], source[:n]) for target, source in pairs], ready)
 
     def load_expert_sums(self, step: int, layer: int, part: int, ready: float) -> None:
         """LoadFFN: what the CPU's experts made, to the device."""
@@ -186,32 +193,29 @@ class Transfers:
         new, _, _ = state.rows(places.decoded(step), window)
         places.host_rows(layer)[(state.starts(window) + new)[first:]] = landed
 
-    def _move_kv(self, step: int, layer: int, part: int, copy: Callable[[slice, slice], object]) -> None:
-        """Call `copy` with (rows in the host's arena, rows in the buffer) until all KV that travels has done so."""
+    def _kv_runs(self, step: int, layer: int, part: int) -> list[tuple[slice, slice]]:
+        """Rows of the KV that travels, in the host's arena and in the buffer."""
         places = self._places
         state, window = places.part(part), places.attention[layer].window
         past = state.rows(places.decoded(step), window)[2].tolist()[state.on_device :]
         starts = state.starts(window).tolist()[state.on_device :]
         targets = places.buffer_starts(layer, part)[0].tolist()
-        for source, target in joined(zip(starts, targets, past, strict=True)):
-            copy(source, target)
+        return joined(zip(starts, targets, past, strict=True))
 
     def stage_kv(self, step: int, layer: int, part: int, ready: float) -> None:
         """KVtoPin: the KV cache of a micro-batch to pinned memory."""
         arena, pinned = self._places.host_rows(layer), self._places.kv_buffer(step, layer, part, pinned=True)
-        self._move_kv(step, layer, part, lambda rows, target: pinned[target].copy_(arena[rows]))
+        for rows, target in self._kv_runs(step, layer, part):
+            pinned[target].copy_(arena[rows])
 
     def load_kv(self, step: int, layer: int, part: int, ready: float) -> None:
         """LoadKV: the KV cache of a micro-batch to a buffer on the device."""
         places = self._places
         buffer, arena = places.kv_buffer(step, layer, part), places.host_rows(layer)
         staged = places.kv_buffer(step, layer, part, pinned=True) if places.buffers.pinned_kv else None
-
-        def copy(rows: slice, target: slice) -> None:
-            source = arena[rows] if staged is None else staged[target]
-            self._copy(self._up, buffer[target], source, ready)
-
-        self._move_kv(step, layer, part, copy)
+        runs = self._kv_runs(step, layer, part)
+        pieces = [(buffer[target], arena[rows] if staged is None else staged[target]) for rows, target in runs]
+        self._copy_pieces(self._up, pieces, ready)
 
     def barrier(self, step: int, layer: int, part: int, ready: float) -> None:
         """Barrier: nothing more is launched until all that was has ended."""

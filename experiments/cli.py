@@ -104,6 +104,9 @@ def _fail(message: str, code: int) -> int:
     show_default=True,
     metavar="DIR",
 )
+@click.option(
+    "--rounds", type=click.IntRange(min=1), default=1, show_default=True, help="Run every case so often; medians count."
+)
 @json_option
 def validate_command(as_json: bool, **options: Any) -> None:
     """Probe, plan, simulate and run here: predicted against measured."""

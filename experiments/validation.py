@@ -26,7 +26,7 @@ from experiments.validation_report import judged, render, roofs, write
 from experiments.validation_runs import Runs
 from hrm import Hardware, MoEModel, Plan, Workload, plan
 from hrm.catalog import model_config
-from hrm.errors import HrmError
+from hrm.errors import HrmError, InvalidValue
 from simulator import Timeline
 from simulator.gantt import gantt_pair
 
@@ -48,6 +48,7 @@ def run_validation(
     device_memory: int | None = None,
     link_bandwidth: float | None = 2e9,
     out: Path | None = None,
+    rounds: int = 1,
     as_json: bool = False,
 ) -> dict[str, Any]:
     """Probe, plan, predict, run and compare.
@@ -63,6 +64,8 @@ def run_validation(
     out : Path, optional
         Folder for tables, timelines, traces and pictures; "out" by default. A run that was killed goes on
         there after the last case that it had finished.
+    rounds : int
+        How often every case runs, in turn with the others of its setting; the run of median throughput counts.
     as_json : bool
         Keep stdout free for the caller.
 
@@ -75,6 +78,8 @@ def run_validation(
     from executor.generate import pick_device
     from executor.probe import Prober
 
+    if rounds < 1:
+        raise InvalidValue(f"'rounds' must be >= 1: {rounds}")
     started = time.monotonic()
     out = out or Path("out")
     out.mkdir(parents=True, exist_ok=True)
@@ -95,7 +100,7 @@ def run_validation(
     if quick:
         cases = [case for case in cases if case.name in QUICK]
     partial = out / "cases.partial.jsonl"
-    kept = Records(partial, _conditions(checkpoint, device_memory, pace, machine))
+    kept = Records(partial, _conditions(checkpoint, device_memory, pace, machine) | {"rounds": str(rounds)})
     patience = _PATIENCE_QUICK if quick else _PATIENCE
     deadline = started + _RETRY_QUICK_S if quick else math.inf
     runs = Runs(opened, prober, target, device_memory, say, patience, deadline)
@@ -109,8 +114,8 @@ def run_validation(
             if done:
                 rows.append(done["row"])
             else:
-                waiting.append(runs.measure(case))
-        for run, row, prediction in runs.predict(waiting):
+                waiting.append(case)
+        for run, row, prediction in runs.predict(runs.measure_in_turn(waiting, rounds)):
             kept.add(case=_key(run.case), row=row)
             rows.append(row)
             if run.case.name == "planned":

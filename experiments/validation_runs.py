@@ -47,6 +47,8 @@ class Run:
     miss_rate: float | None = None
     """With an expert cache: of this checkpoint's routing on other prompts."""
     attempts: int = 1
+    rounds: tuple[float, ...] = ()
+    """Tokens/s of every time that the case was run, where that was more than once."""
     allocated: int | None = None
     """With a GPU: most bytes that torch's allocator had in use for the run."""
 
@@ -130,8 +132,8 @@ class Runs:
             run = self._try(case, on_probe)
             disturbed = ", disturbed" if run.disturbance > 1 else ""
             self._say(
-                f"  measured {run.result.throughput_tok_s:.1f} tok/s; others took {run.taken_by_others:.0%} of the "
-                f"CPU, speed drifted {run.drift:.0%}{disturbed}"
+                f"  {case.name}: measured {run.result.throughput_tok_s:.1f} tok/s; "
+                f"others took {run.taken_by_others:.0%} of the CPU, speed drifted {run.drift:.0%}{disturbed}"
             )
             if best is None or run.disturbance < best.disturbance:
                 best = run
@@ -139,6 +141,11 @@ class Runs:
                 break
         assert best is not None
         return replace(best, attempts=attempts)
+
+    def measure_in_turn(self, cases: Sequence[Case], rounds: int) -> list[Run]:
+        """Run cases one after the other, so many times; of each the run of median throughput, with all its probes."""
+        taken = [[self.measure(case) for case in cases] for _ in range(rounds)]
+        return [_median(list(runs)) for runs in zip(*taken, strict=True)]
 
     def predict(self, runs: Sequence[Run]) -> Iterator[tuple[Run, dict[str, Any], Prediction]]:
         """Each run beside what the simulator says of it, on the machine of all probes around these runs."""
@@ -232,6 +239,20 @@ class Runs:
         return decode_miss_rate(recorder.trace(), case.expert_slots, most_tokens=case.micro_batch_size)
 
 
+def _median(runs: list[Run]) -> Run:
+    """The run whose throughput is the median, or next to it, between the probes of all."""
+    if len(runs) == 1:
+        return runs[0]
+    ordered = sorted(runs, key=lambda run: run.result.throughput_tok_s)
+    return replace(
+        ordered[(len(ordered) - 1) // 2],
+        before=[single for run in runs for single in run.before],
+        after=[single for run in runs for single in run.after],
+        attempts=sum(run.attempts for run in runs),
+        rounds=tuple(run.result.throughput_tok_s for run in runs),
+    )
+
+
 def _prompts(case: Case, model: MoEModel, factor: int) -> list[list[int]]:
     size = model.vocab_size
     return [[(factor * (i + 1) * (j + 3)) % size for j in range(n)] for i, n in enumerate(case.lengths())]
@@ -295,6 +316,7 @@ def described(
         "cpu_taken_by_others": run.taken_by_others,
         "drift": run.drift,
         "attempts": run.attempts,
+        "rounds_tok_s": list(run.rounds) or None,
         "miss_rate": run.miss_rate,
         "disturbed": run.disturbance > 1,
     }

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from itertools import pairwise
 from threading import get_ident
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -58,7 +59,7 @@ def test_full_windows_travel_in_one_copy(windowed: Checkpoint, monkeypatch: pyte
     short = min(window for window in windows if window is not None)
     prompts = [[3 + i] * (short + 4) for i in range(4)]
     copies: list[int] = []
-    load, copy = Transfers.load_kv, PacedLink.copy
+    load, copy = Transfers.load_kv, PacedLink.copy_pieces
     now: dict[int, int] = {}  # lanes are threads
 
     def loading(self: Transfers, step: int, layer: int, part: int, ready: float) -> None:
@@ -66,13 +67,12 @@ def test_full_windows_travel_in_one_copy(windowed: Checkpoint, monkeypatch: pyte
         load(self, step, layer, part, ready)
         del now[get_ident()]
 
-    def counted(self: PacedLink, *args: object) -> None:
-        if get_ident() in now:
-            copies.append(now[get_ident()])
-        copy(self, *args)  # type: ignore[arg-type]
+    def counted(self: PacedLink, pieces: list[Any], ready: float) -> None:
+        copies.extend(now[get_ident()] for _ in pieces)
+        copy(self, pieces, ready)
 
     monkeypatch.setattr(Transfers, "load_kv", loading)
-    monkeypatch.setattr(PacedLink, "copy", counted)
+    monkeypatch.setattr(PacedLink, "copy_pieces", counted)
     policy = Policy(batch_size=4, micro_batch_size=4, attention_on_gpu=True)
     result = generate(windowed, prompts, gen_len=4, policy=policy, device="cpu", link_bandwidth=None)
     [timeline] = result.timelines
