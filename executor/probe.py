@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 
 import torch
 
-from executor.bench import Bench, Key
+from executor.bench import Bench, Key, typical
 from executor.contention import Contention, Crowd, crowd_of
 from executor.machine import OtherLoad
 from hrm.hardware import Curve, Hardware
@@ -96,7 +96,7 @@ class Prober:
         self._crowd = Crowd(rates.task_s, rates.cores or alone, rates.dram_bandwidth, rates.processors)
 
     def machine_of(self, passes: Passes) -> Hardware:
-        """The machine that some passes show: each call by its median."""
+        """The machine that some passes show: each call by what is typical of it."""
         if self._crowd is None:
             raise ValueError("'machine_of' needs a full probe first: call 'hardware'.")
         return self._describe(passes)
@@ -126,7 +126,7 @@ class Prober:
 
     def _describe(self, passes: Passes) -> Hardware:
         assert self._crowd is not None
-        spent = {key: statistics.median(x[key] for x in passes) for key in passes[0]}
+        spent = {key: typical([x[key] for x in passes]) for key in passes[0]}
         return self._bench.hardware(spent, self._crowd, self._share)
 
     def _quiet(self, measure: Callable[[], Any], count: int, what: str) -> list[Any]:

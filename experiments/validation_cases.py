@@ -93,7 +93,8 @@ _SINGLE: tuple[tuple[str, dict[str, Any]], ...] = (
         "experts on both",
         {"n": 32, "mu": 8, "lens": (32,), "gen": 12, "link": 1e9, "ffn_on_gpu": False, "weights_on_gpu": 0.5},
     ),
-    ("expert cache", {"n": 2, "mu": 2, "lens": (32,), "gen": 16, "link": 1e9, "expert_slots": 3}),
+    # Few at a time, as caches are for, and so many in all that those which repeat themselves do not decide.
+    ("expert cache", {"n": 8, "mu": 2, "lens": (32,), "gen": 16, "link": 1e9, "expert_slots": 3}),
     (
         "expert cache, GPU attention",
         {

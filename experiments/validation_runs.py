@@ -30,6 +30,9 @@ _MOST_TRIES = 3
 _QUIET_SHARE = 0.05
 _QUIET_DRIFT = 0.10
 _PAUSE_S = 5.0
+_OTHER_PROMPTS = (104729, 15485863, 32452843, 49979687)
+"""Factors that make prompts other than those of the run. A few sequences of a model with random weights soon repeat
+themselves, so that what one trace misses says little."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -115,19 +118,22 @@ class Runs:
         self._device_memory, self._say = device_memory, say
         self._patience, self._deadline = patience, deadline
         self._capped, self._passes, self._host_weights = capped, passes, host_weights
+        self._miss_rates: dict[str, float] = {}
 
-    def measure(self, case: Case, *, on_probe: Callable[[Passes], None] | None = None) -> Run:
+    def measure(self, case: Case, *, tries: int = _MOST_TRIES, on_probe: Callable[[Passes], None] | None = None) -> Run:
         """Run a case, again if it was disturbed; the least disturbed try counts.
 
         Parameters
         ----------
         case : Case
+        tries : int
+            Most tries.
         on_probe : callable, optional
             Called with the passes of the probe before each try, when the run has not begun.
         """
         best: Run | None = None
         attempts = 0
-        while attempts < _MOST_TRIES:
+        while attempts < tries:
             attempts += 1
             run = self._try(case, on_probe)
             disturbed = ", disturbed" if run.disturbance > 1 else ""
@@ -143,8 +149,12 @@ class Runs:
         return replace(best, attempts=attempts)
 
     def measure_in_turn(self, cases: Sequence[Case], rounds: int) -> list[Run]:
-        """Run cases one after the other, so many times; of each the run of median throughput, with all its probes."""
-        taken = [[self.measure(case) for case in cases] for _ in range(rounds)]
+        """Run cases one after the other, so many times; of each the run of median throughput, with all its probes.
+
+        Nothing is tried again where there are several rounds: medians stand disturbances.
+        """
+        tries = _MOST_TRIES if rounds == 1 else 1
+        taken = [[self.measure(case, tries=tries) for case in cases] for _ in range(rounds)]
         return [_median(list(runs)) for runs in zip(*taken, strict=True)]
 
     def predict(self, runs: Sequence[Run]) -> Iterator[tuple[Run, dict[str, Any], Prediction]]:
@@ -219,24 +229,29 @@ class Runs:
         )
 
     def _miss_rate(self, case: Case) -> float | None:
-        """Misses per active expert in decode, from a trace of other prompts of the same lengths."""
+        """Misses per active expert in decode, the mean of traces of other prompts of the same lengths."""
         if case.expert_slots is None:
             return None
         from executor.generate import generate
         from executor.recording import RouteRecorder
         from simulator.experts.study import decode_miss_rate
 
-        recorder = RouteRecorder(self._checkpoint.local)
-        generate(
-            self._checkpoint,
-            _prompts(case, self._checkpoint.model, 104729),
-            gen_len=case.gen_len,
-            policy=replace(case.policy, expert_slots=None),
-            device=self._device.type,
-            link_bandwidth=None,
-            recorder=recorder,
-        )
-        return decode_miss_rate(recorder.trace(), case.expert_slots, most_tokens=case.micro_batch_size)
+        if case.name not in self._miss_rates:
+            rates = []
+            for factor in _OTHER_PROMPTS:
+                recorder = RouteRecorder(self._checkpoint.local)
+                generate(
+                    self._checkpoint,
+                    _prompts(case, self._checkpoint.model, factor),
+                    gen_len=case.gen_len,
+                    policy=replace(case.policy, expert_slots=None),
+                    device=self._device.type,
+                    link_bandwidth=None,
+                    recorder=recorder,
+                )
+                rates.append(decode_miss_rate(recorder.trace(), case.expert_slots, most_tokens=case.micro_batch_size))
+            self._miss_rates[case.name] = statistics.fmean(rates)
+        return self._miss_rates[case.name]
 
 
 def _median(runs: list[Run]) -> Run:

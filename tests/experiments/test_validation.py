@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -16,6 +17,7 @@ from experiments import validation, validation_runs
 from experiments.validation_cases import Case
 from experiments.validation_runs import Run, Runs
 from hrm.catalog import model_config
+from hrm.errors import InvalidValue
 from simulator import Timeline
 
 
@@ -38,20 +40,20 @@ def test_quick_validation_and_going_on_after_a_kill(
     tried: list[str] = []
     run_case = Runs.measure
 
-    def dying(self: Runs, case: Case) -> Run:
+    def dying(self: Runs, case: Case, **options: Any) -> Run:
         if tried:
             raise KeyboardInterrupt
         tried.append(case.name)
-        return run_case(self, case)
+        return run_case(self, case, **options)
 
     monkeypatch.setattr(Runs, "measure", dying)
     with pytest.raises(KeyboardInterrupt):
         validation.run_validation(checkpoint=checkpoint, quick=True, device="cpu", out=out)
     assert tried == ["planned"] and not (out / "validation.json").exists()
 
-    def noting(self: Runs, case: Case) -> Run:
+    def noting(self: Runs, case: Case, **options: Any) -> Run:
         tried.append(case.name)
-        return run_case(self, case)
+        return run_case(self, case, **options)
 
     monkeypatch.setattr(Runs, "measure", noting)
     result = validation.run_validation(checkpoint=checkpoint, quick=True, device="cpu", out=out)
@@ -71,3 +73,21 @@ def test_quick_validation_and_going_on_after_a_kill(
         assert (out / name).stat().st_size > 0
     text = validation.render(result)
     assert "mean absolute error" in text and "slow link" in text
+
+
+def test_of_several_rounds_the_median_counts(
+    tmp_path: Path, short_probe: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Cases of a setting take turns, and each is known by its middle run, between the probes of all."""
+    monkeypatch.setattr(validation, "QUICK", ("planned",))
+    checkpoint = make_checkpoint(model_config("mixtral-tiny"), tmp_path / "tiny")
+    result = validation.run_validation(checkpoint=checkpoint, quick=True, device="cpu", out=tmp_path / "out", rounds=3)
+    [row] = result["cases"]
+    assert len(row["rounds_tok_s"]) == 3 and row["attempts"] == 3
+    assert row["measured_tok_s"] == sorted(row["rounds_tok_s"])[1]
+
+
+def test_no_rounds_are_refused(tmp_path: Path) -> None:
+    """One line, before anything is probed."""
+    with pytest.raises(InvalidValue, match="'rounds' must be >= 1: 0"):
+        validation.run_validation(quick=True, out=tmp_path, rounds=0)
