@@ -103,7 +103,9 @@ def run_validation(
     kept = Records(partial, _conditions(checkpoint, device_memory, pace, machine) | {"rounds": str(rounds)})
     patience = _PATIENCE_QUICK if quick else _PATIENCE
     deadline = started + _RETRY_QUICK_S if quick else math.inf
-    runs = Runs(opened, prober, target, device_memory, say, patience, deadline)
+    # Of several rounds every one has probes around it.
+    passes = (2, 1) if rounds == 1 else (1, 1)
+    runs = Runs(opened, prober, target, device_memory, say, patience, deadline, passes=passes)
     rows, number = [], 0
     for _, group in itertools.groupby(cases, key=lambda case: case.setting):
         waiting = []

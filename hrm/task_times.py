@@ -172,6 +172,10 @@ class TaskTimes:
         """A transfer of `size` bytes to the host."""
         return self.rates.task_s + self.rates.transfer_s + size / self.rates.d2h_bandwidth
 
+    def offload_routed(self, hidden: Any) -> Any:
+        """Hidden states to the host, and with them every token's experts and their weights, in copies of their own."""
+        return self.d2h(hidden) + 2 * self.rates.transfer_s
+
     def offload_kv(self, hidden: Any, kv: Any) -> Any:
         """Prompt hidden states and KV to the host, where a copy scatters the KV into the cache."""
         transfers = np.where(np.asarray(hidden) > 0, 2, 1) * self.rates.transfer_s

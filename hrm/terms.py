@@ -191,8 +191,9 @@ def _decode_terms(
         on_cpu = WEIGHTS_STREAMED * times.cpu_experts(mu, layer) + rates.task_s + rates.cpu_task_s
         on_gpu = WEIGHTS_ON_GPU * experts
         gpu, cpu = gpu + on_gpu, cpu + on_cpu
-        chain = chain + on_cpu + times.d2h(hidden) + times.h2d(hidden)
-        up, down = up + g * times.h2d(hidden), down + g * times.d2h(hidden)
+        routed = times.offload_routed(hidden)
+        chain = chain + on_cpu + routed + times.h2d(hidden)
+        up, down = up + g * times.h2d(hidden), down + g * routed
         up_bytes, down_bytes = up_bytes + g * hidden, down_bytes + g * hidden
         cpu_reads = cpu_reads + WEIGHTS_STREAMED * (g * times.active_expert_bytes(mu, layer))
     if place.attention_on_gpu:

@@ -384,8 +384,8 @@ class Costing:
         down |= schedule.mask(Op.STORE_KV) & (schedule.step > 0)
         staging = schedule.mask(Op.STAGE_W)
         seconds[up], seconds[down] = times.h2d(moved[up]), times.d2h(moved[down])
-        # States, choices and weights are copies of their own.
-        seconds[schedule.mask(Op.OFFLOAD_FFN)] += 2 * self._rates.transfer_s
+        routed = schedule.mask(Op.OFFLOAD_FFN)
+        seconds[routed] = times.offload_routed(moved[routed])
         seconds[staging] = times.staging(moved[staging])
         seconds[schedule.mask(Op.BARRIER)] = self._rates.sync_s
         if self._gathered > 1 and self._rates.peer_bandwidth is not None:

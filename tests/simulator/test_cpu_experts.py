@@ -275,7 +275,7 @@ def test_tasks_add_up_to_the_closed_form(name: str, num_gpus: int) -> None:
             before = sum(usual.seconds[was[op]].sum() for op in usual_gpu)
             assert gpu == pytest.approx(before - (1 - r_w) * times.gpu_experts(n, kind) + 2e-5)
             assert found.seconds[at[Op.CPU_FFN]] == pytest.approx((1 - r_w) * times.cpu_experts(n, kind) + 4e-5)
-            assert found.seconds[at[Op.OFFLOAD_FFN]] == pytest.approx(times.d2h(n * model.hidden_bytes))
+            assert found.seconds[at[Op.OFFLOAD_FFN]] == pytest.approx(times.offload_routed(n * model.hidden_bytes))
             assert found.seconds[at[Op.LOAD_FFN]] == pytest.approx(times.h2d(n * model.hidden_bytes))
             work = sum(found.flops[at[op]].sum() for op in (*usual_gpu, *EXPERTS))
             assert work == pytest.approx(sum(usual.flops[was[op]].sum() for op in usual_gpu))
