@@ -151,7 +151,8 @@ class Runs:
     def measure_in_turn(self, cases: Sequence[Case], rounds: int) -> list[Run]:
         """Run cases one after the other, so many times; of each the run of median throughput, with all its probes.
 
-        Nothing is tried again where there are several rounds: medians stand disturbances.
+        Runs that were disturbed count only where all were, and then the least disturbed alone. Nothing is tried again
+        where there are several rounds.
         """
         tries = _MOST_TRIES if rounds == 1 else 1
         taken = [[self.measure(case, tries=tries) for case in cases] for _ in range(rounds)]
@@ -255,10 +256,11 @@ class Runs:
 
 
 def _median(runs: list[Run]) -> Run:
-    """The run whose throughput is the median, or next to it, between the probes of all."""
+    """Of the quiet runs that with the median throughput, or next to it; of others the quietest; between all probes."""
     if len(runs) == 1:
         return runs[0]
-    ordered = sorted(runs, key=lambda run: run.result.throughput_tok_s)
+    quiet = [run for run in runs if run.disturbance <= 1] or [min(runs, key=lambda run: run.disturbance)]
+    ordered = sorted(quiet, key=lambda run: run.result.throughput_tok_s)
     return replace(
         ordered[(len(ordered) - 1) // 2],
         before=[single for run in runs for single in run.before],
