@@ -484,6 +484,7 @@ def test_validate_hands_its_options_on(hrm: Any, hrm_json: Any, monkeypatch: pyt
         "device_memory": 2**30,
         "link_bandwidth": 2e9,
         "out": Path("here"),
+        "rounds": 1,
         "as_json": True,
     }
     assert hrm("validate", "--link-bandwidth", "none").out == "a table\n"
