@@ -210,12 +210,12 @@ static void value_tile(const float* weights, const float* rescale, const Rows<D>
         }
 }
 
-template <class D, int C, bool Ahead>
-INLINE void value_column(const float* weights, const float* rescale, int64_t group,
-                         const Rows<D>& values, float* sums, int64_t sum_stride, Prefetch& prefetch) {
+template <class D, int H, int C, bool Ahead>
+INLINE void value_column(const float* weights, const float* rescale, int64_t group, const Rows<D>& values, float* sums,
+                         int64_t sum_stride, Prefetch& prefetch) {
     int64_t h = 0;
-    for (; h + kHeads <= group; h += kHeads) {
-        value_tile<D, kHeads, C, Ahead>(weights + h * kBlock, rescale + h, values, sums + h * sum_stride, sum_stride);
+    for (; h + H <= group; h += H) {
+        value_tile<D, H, C, Ahead>(weights + h * kBlock, rescale + h, values, sums + h * sum_stride, sum_stride);
         prefetch.step();
     }
     for (; h < group; ++h)
@@ -228,10 +228,15 @@ template <class D, bool Ahead>
 static void add_values(const float* weights, const float* rescale, int64_t group, const Rows<D>& values, int64_t dim,
                        float* sums, int64_t sum_stride, Prefetch& prefetch) {
     int64_t i = 0;
+    // Whole groups of many heads take narrow columns, so that every element of a row is fetched and converted once.
+    if (Ahead && group % (2 * kHeads) == 0)
+        for (; i < dim; i += P)
+            value_column<D, 2 * kHeads, 1, Ahead>(weights, rescale, group, values.shifted(i), sums + i, sum_stride,
+                                                  prefetch);
     for (; i + 2 * P <= dim; i += 2 * P)
-        value_column<D, 2, Ahead>(weights, rescale, group, values.shifted(i), sums + i, sum_stride, prefetch);
+        value_column<D, kHeads, 2, Ahead>(weights, rescale, group, values.shifted(i), sums + i, sum_stride, prefetch);
     if (i < dim)
-        value_column<D, 1, Ahead>(weights, rescale, group, values.shifted(i), sums + i, sum_stride, prefetch);
+        value_column<D, kHeads, 1, Ahead>(weights, rescale, group, values.shifted(i), sums + i, sum_stride, prefetch);
 }
 
 // One block of tokens for all heads; `after` are the rows that come next.

@@ -47,7 +47,8 @@ struct F32 {
 struct BF16 {
     using T = uint16_t;
     INLINE void load2(const T* at, V& a, V& b) {
-        const __m256i pairs = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(at));
+        __m256i pairs = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(at));
+        asm("" : "+x"(pairs));  // one load, not one for each half
         a = _mm256_castsi256_ps(_mm256_slli_epi32(pairs, 16));
         b = _mm256_castsi256_ps(_mm256_and_si256(pairs, _mm256_set1_epi32(static_cast<int>(0xffff0000u))));
     }

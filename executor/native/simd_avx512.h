@@ -48,7 +48,8 @@ struct F32 {
 struct BF16 {
     using T = uint16_t;
     INLINE void load2(const T* at, V& a, V& b) {
-        const __m512i pairs = _mm512_loadu_si512(at);
+        __m512i pairs = _mm512_loadu_si512(at);
+        asm("" : "+v"(pairs));  // one load, not one for each half: they are what these processors run short of
         a = _mm512_castsi512_ps(_mm512_slli_epi32(pairs, 16));
         b = _mm512_castsi512_ps(_mm512_and_si512(pairs, _mm512_set1_epi32(static_cast<int>(0xffff0000u))));
     }
