@@ -18,7 +18,7 @@ from executor.checkpoint import TORCH_DTYPES
 from executor.contention import Crowd
 from executor.cpu_attention import decode_attention
 from executor.device_attention import device_attention
-from executor.grouped_experts import grouped_ffn, has_grouped_mm
+from executor.grouped_experts import grouped_kernel
 from executor.kernels import ExpertWeights, causal_attention, moe_ffn
 from executor.lanes import PacedLink, lane_cores, lane_threads, settle
 from executor.machine import machine_facts, ram_bytes
@@ -139,7 +139,7 @@ class Bench:
         for first in range(0, self.pool.numel() - self.experts * size + 1, self.experts * size):
             flat = self.pool[first : first + self.experts * size].view(self.experts, size)
             layers.append([ExpertWeights([w[: 2 * i * h].view(2 * i, h)], [w[2 * i * h :].view(h, i)]) for w in flat])
-        grouped = has_grouped_mm(self.device, self.dtype, h, i)
+        grouped = grouped_kernel(self.device, self.dtype, h, i)
         ffn = replace(m.main_layer.ffn, num_experts=self.experts, expert_other_parameters=0, routing=None)
         whole = LayerWeights(ffn, (), self.experts * size)
         groups = [whole.groups(self.pool[n * ffn.experts_parameters :], None) for n in range(len(layers))]
@@ -154,9 +154,9 @@ class Bench:
         def call() -> Any:
             state["next"] += 1
             turn = state["next"]
-            if grouped:
+            if grouped is not None:
                 group = groups[turn % len(layers)]
-                return grouped_ffn(x, choices[turn % len(choices)], weight, group, self.experts, _gated)
+                return grouped(x, choices[turn % len(choices)], weight, group, self.experts, _gated)
             return moe_ffn(x, choices[turn % len(choices)], weight, layers[turn % len(layers)], _gated)
 
         return call

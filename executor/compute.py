@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 
 import torch
 
@@ -11,12 +11,13 @@ from executor.cpu_attention import decode_attention
 from executor.device_attention import device_attention
 from executor.families import Routed
 from executor.gating.meter import GatingMeter
-from executor.grouped_experts import grouped_ffn, has_grouped_mm
-from executor.kernels import ExpertWeights, moe_ffn
+from executor.grouped_experts import grouped_kernel
+from executor.kernels import moe_ffn
 from executor.lanes import Handler
 from executor.places import Places, prompt_spans
 from executor.recording import RouteRecorder
 from executor.sampling import Sampling, choose
+from executor.weights import Held, Where
 from simulator.task import Op
 
 __all__ = ["Compute", "Reduce"]
@@ -121,36 +122,23 @@ class Compute:
         dense = self._weights.layer(layer, visit)
         x, index, weight = dense.route(hidden)
         self._keep_choices(step, layer, part, index)
-        y = self._device_experts(x, self._weights.places(layer, index), weight, layer, visit)
+        y = self._experts(x, self._weights.places(layer, index), weight, layer, visit)
         shared = dense.shared(x)
         hidden.add_(self._reduce(y if shared is None else y.add_(shared)))
 
-    def _device_experts(
-        self, x: torch.Tensor, index: torch.Tensor, weight: torch.Tensor, layer: int, visit: int | None
+    def _experts(
+        self, x: torch.Tensor, index: torch.Tensor, weight: torch.Tensor, layer: int, where: Where
     ) -> torch.Tensor:
-        """The experts on the device as a layer visit finds them; without a visit, those that stay there."""
-        weights, ffn = self._weights, self._places.model.layers[layer].ffn
+        """What the experts that lie there add to states [n, H], with choices and weights [n, k]."""
+        ffn, weights = self._places.model.layers[layer].ffn, self._weights
         activation = weights.family.activation
-        if (
-            self._gating is None
-            and ffn.routed
-            and has_grouped_mm(x.device, x.dtype, ffn.hidden_size, ffn.intermediate_size)
-        ):
-            return grouped_ffn(x, index, weight, weights.groups(layer, visit), ffn.num_experts, activation)
-        experts = weights.resident_experts(layer) if visit is None else weights.experts(layer, visit)
-        return self._run_experts(x, index, weight, experts, activation)
-
-    def _run_experts(
-        self,
-        x: torch.Tensor,
-        index: torch.Tensor,
-        weight: torch.Tensor,
-        experts: Sequence[ExpertWeights | None],
-        activation: Callable[[torch.Tensor], torch.Tensor],
-    ) -> torch.Tensor:
-        if self._gating is None or len(experts) == 1:
-            return moe_ffn(x, index, weight, experts, activation)
-        return self._gating.ffn(x, index, weight, experts, activation)
+        gating = self._gating if ffn.routed else None
+        if gating is None and ffn.routed:
+            grouped = grouped_kernel(x.device, x.dtype, ffn.hidden_size, ffn.intermediate_size)
+            if grouped is not None:
+                return grouped(x, index, weight, weights.groups(layer, where), ffn.num_experts, activation)
+        run = moe_ffn if gating is None else gating.ffn
+        return run(x, index, weight, weights.experts(layer, where), activation)
 
     def prefill(self, step: int, layer: int, part: int, ready: float) -> None:
         """Prefill: one layer on all prompt tokens of a micro-batch."""
@@ -260,7 +248,7 @@ class Compute:
         slot = self._places.device_ffn(step, layer, part)
         x, index, weight = self._routed(slot, step, layer, part)
         if len(x):
-            slot.sums[0][: len(x)] = self._device_experts(x, index, weight, layer, None)
+            slot.sums[0][: len(x)] = self._experts(x, index, weight, layer, Held.RESIDENT)
 
     def cached_experts(self, step: int, layer: int, number: int, ready: float) -> None:
         """Experts: those of a piece, which lie in the cache's slots; a dense FFN stays on the device."""
@@ -275,7 +263,7 @@ class Compute:
             assert cache is not None
             cache.compute(step, layer, part, piece, routed, total, self._weights.family.activation)
         elif piece == 0:
-            total.copy_(self._device_experts(*routed, layer, None))
+            total.copy_(self._experts(*routed, layer, Held.RESIDENT))
 
     def _routed(self, slot: FfnSlot, step: int, layer: int, part: int) -> Routed:
         n, k = self._places.rows(step, part), self._places.model.layers[layer].ffn.top_k
@@ -325,5 +313,4 @@ class Compute:
         slot = self._places.host_ffn(step, layer, part)
         x, index, weight = self._routed(slot, step, layer, part)
         if len(x):
-            experts = self._weights.host_experts(layer)
-            slot.sums[0][: len(x)] = self._run_experts(x, index, weight, experts, self._weights.family.activation)
+            slot.sums[0][: len(x)] = self._experts(x, index, weight, layer, Held.HOST)

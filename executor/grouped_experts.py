@@ -1,20 +1,23 @@
-"""Expert FFNs by grouped GEMM: one kernel for all experts of a group, and no look at token counts by the host.
+"""Expert FFNs by grouped GEMM: one call for all experts of a group.
 
 Dynamic gating as in `executor.kernels.moe_ffn`, which calls one GEMM per expert and has to know how many tokens each
-expert got. On a GPU that question waits for all work issued so far; here the counts stay on the device.
+expert got. On a GPU that question waits for all work issued so far; there the counts stay on the device. On the host
+the counts are at hand, and torch's grouped product is a loop over the experts, but one that does not come back to the
+interpreter after each: lanes that run Python at the same time wait less for one another.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 import torch.nn.functional as F
 
 from hrm.pipeline import FFN_CHUNK_ROWS
 
-__all__ = ["ExpertGroup", "grouped_ffn", "has_grouped_mm"]
+__all__ = ["ExpertGroup", "GroupedFfn", "grouped_ffn", "grouped_kernel", "sorted_ffn"]
 
 _CAPABILITIES = (9, 10)
 """Major compute capabilities for which torch has a grouped kernel."""
@@ -47,15 +50,36 @@ class ExpertGroup:
         return self.gate_up[0].shape[0]
 
 
-def has_grouped_mm(device: torch.device, dtype: torch.dtype, *widths: int) -> bool:
-    """Whether products of these widths run as one kernel: bfloat16 with aligned rows, on a GPU that has it.
+GroupedFfn = Callable[
+    [torch.Tensor, torch.Tensor, torch.Tensor, Sequence[ExpertGroup], int, Callable[[torch.Tensor], torch.Tensor]],
+    torch.Tensor,
+]
+"""`grouped_ffn` or `sorted_ffn`."""
 
-    On GPUs before Hopper torch loops over the groups and asks for their sizes, which is what this is to avoid.
+
+def grouped_kernel(device: torch.device, dtype: torch.dtype, *widths: int) -> GroupedFfn | None:
+    """How the experts of a group run in one call, for products of these widths; None if torch cannot.
+
+    On GPUs before Hopper, and in other types than bfloat16 there, torch loops over the groups and asks the GPU for
+    their sizes, which is what this is to avoid.
     """
-    aligned = all(width * dtype.itemsize % _ALIGNMENT == 0 for width in widths)
-    if device.type != "cuda" or dtype != torch.bfloat16 or not aligned or not hasattr(F, "grouped_mm"):
+    if not hasattr(F, "grouped_mm") or any(width * dtype.itemsize % _ALIGNMENT for width in widths):
+        return None
+    if device.type == "cpu":
+        return sorted_ffn if _runs_on_host(dtype) else None
+    if device.type != "cuda" or dtype != torch.bfloat16 or not torch.cuda.is_available():
+        return None
+    return grouped_ffn if torch.cuda.get_device_capability(device)[0] in _CAPABILITIES else None
+
+
+@cache
+def _runs_on_host(dtype: torch.dtype) -> bool:
+    x, ends = torch.zeros(1, 16, dtype=dtype), torch.ones(1, dtype=torch.int32)
+    try:
+        F.grouped_mm(x, x.new_zeros(1, 16, 16), offs=ends)
+    except (RuntimeError, NotImplementedError):
         return False
-    return torch.cuda.is_available() and torch.cuda.get_device_capability(device)[0] in _CAPABILITIES
+    return True
 
 
 def grouped_ffn(
@@ -117,6 +141,37 @@ def _chunk(
         # Every row has one target; what was not computed holds anything.
         routed.index_add_(0, order, y.masked_fill_((numbers >= ends[-1])[:, None], 0.0))
     return torch.einsum("tkh,tk->th", routed.view(tokens, top_k, -1), weight.to(x.dtype))
+
+
+def sorted_ffn(
+    x: torch.Tensor,
+    expert_index: torch.Tensor,
+    expert_weight: torch.Tensor,
+    groups: Sequence[ExpertGroup],
+    num_experts: int,
+    activation: Callable[[torch.Tensor], torch.Tensor],
+) -> torch.Tensor:
+    """As `grouped_ffn`, in memory where token counts can be read: only the rows of `groups` are gathered at all.
+
+    Experts are added up in the order of `executor.kernels.moe_ffn`, so that results are the same to the last bit.
+    """
+    out = torch.zeros_like(x)
+    chosen, order = expert_index.reshape(-1).sort(stable=True)
+    token = order // expert_index.shape[1]
+    weight = expert_weight.reshape(-1)[order].to(x.dtype)[:, None]
+    ends = torch.bincount(chosen, minlength=num_experts).cumsum(0)
+    bounds = [0, *ends.tolist()]
+    for group in groups:
+        mine = slice(group.first, group.first + group.count)
+        last = bounds[mine.stop]
+        for start in range(bounds[mine.start], last, FFN_CHUNK_ROWS):
+            span = slice(start, min(start + FFN_CHUNK_ROWS, last))
+            offsets = (ends[mine] - start).clamp_(0, span.stop - start).to(torch.int32)
+            expert, rows = chosen[span] - group.first, token[span]
+            hidden = activation(_product(x[rows], group.gate_up, offsets, group.gate_up_bias, expert))
+            y = _product(hidden, group.down, offsets, group.down_bias, expert)
+            out.index_add_(0, rows, y.mul_(weight[span]))
+    return out
 
 
 def _product(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
+from enum import Enum
 
 import numpy as np
 import torch
@@ -22,7 +23,20 @@ from hrm.policy import Policy
 from hrm.systems import check_system
 from simulator.experts.cache import DEFAULT_POLICY
 
-__all__ = ["WeightStore"]
+__all__ = ["Held", "WeightStore", "Where"]
+
+
+class Held(Enum):
+    """Experts that stay where they are."""
+
+    RESIDENT = "on the device"
+    HOST = "in host memory"
+
+
+Where = int | Held
+"""The number of a layer visit, which finds all experts on the device; or those that are held in one place."""
+
+_Key = tuple[int, Where]
 
 
 class WeightStore:
@@ -97,8 +111,8 @@ class WeightStore:
                 model, memory, checkpoint.dtype, slots=policy.expert_slots, policy=cache_policy, host=self.host
             )
         self.slots = [memory.empty("weight_buffers", (longest,), checkpoint.dtype) for _ in range(self.SLOTS)]
-        self._groups: dict[tuple[int, int], list[ExpertGroup]] = {}
-        self._experts: dict[tuple[int, int], list[ExpertWeights | None]] = {}
+        self._groups: dict[_Key, list[ExpertGroup]] = {}
+        self._experts: dict[_Key, list[ExpertWeights | None]] = {}
         self._layers: dict[tuple[int, int], DecoderLayer] = {}
 
     def _buffer_excess(self, policy: Policy) -> float:
@@ -196,34 +210,28 @@ class WeightStore:
             self._layers[key] = self.family.build_layer(layer, tensors)
         return self._layers[key]
 
-    def experts(self, layer: int, visit: int) -> list[ExpertWeights | None]:
-        """The experts of `layer` on the device, as layer visit number `visit` finds them."""
-        key = (layer, visit % self.SLOTS)
+    def experts(self, layer: int, where: Where) -> list[ExpertWeights | None]:
+        """Views of the experts of `layer` that lie there; None for those that do not."""
+        key, parts = self._parts(layer, where)
         if key not in self._experts:
-            self._experts[key] = self.layers[layer].experts(self.resident[layer], self.slots[key[1]])
+            self._experts[key] = self.layers[layer].experts(*parts)
         return self._experts[key]
 
-    def groups(self, layer: int, visit: int | None) -> list[ExpertGroup]:
-        """As `experts`, in groups; without a visit, as `resident_experts`."""
-        key = (layer, -1 if visit is None else visit % self.SLOTS)
+    def groups(self, layer: int, where: Where) -> list[ExpertGroup]:
+        """As `experts`, in groups."""
+        key, parts = self._parts(layer, where)
         if key not in self._groups:
-            rest = None if visit is None else self.slots[key[1]]
-            self._groups[key] = self.layers[layer].groups(self.resident[layer], rest)
+            self._groups[key] = self.layers[layer].groups(*parts)
         return self._groups[key]
 
-    def resident_experts(self, layer: int) -> list[ExpertWeights | None]:
-        """The experts of `layer` that stay on the device."""
-        key = (layer, -2)
-        if key not in self._experts:
-            self._experts[key] = self.layers[layer].experts(self.resident[layer], None)
-        return self._experts[key]
-
-    def host_experts(self, layer: int) -> list[ExpertWeights | None]:
-        """The experts of `layer` that lie in host memory."""
-        key = (layer, -1)
-        if key not in self._experts:
-            self._experts[key] = self.layers[layer].experts(None, self.host[layer])
-        return self._experts[key]
+    def _parts(self, layer: int, where: Where) -> tuple[_Key, tuple[torch.Tensor | None, torch.Tensor | None]]:
+        """The resident part and the rest of a layer's experts, as far as they are meant, and what both go by."""
+        if where is Held.RESIDENT:
+            return (layer, where), (self.resident[layer], None)
+        if where is Held.HOST:
+            return (layer, where), (None, self.host[layer])
+        slot = where % self.SLOTS
+        return (layer, slot), (self.resident[layer], self.slots[slot])
 
     def places(self, layer: int, index: torch.Tensor) -> torch.Tensor:
         """Where the chosen experts stand among the layer's weights: by popularity, if that is known."""

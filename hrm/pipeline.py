@@ -48,7 +48,7 @@ def expert_pieces(num_experts: int) -> tuple[int, int]:
 
 
 FFN_CHUNK_ROWS = 2048
-"""Longest run of tokens that one expert takes at a time; bounds the workspace of prefill."""
+"""Most choices of experts that are computed at a time; bounds the workspace of prefill."""
 
 
 @dataclass(frozen=True)
@@ -170,7 +170,7 @@ def workspace_bytes(model: MoEModel, tokens: Any, sequences: Any) -> Any:
     wide = model.q_size + 2 * model.kv_size
     # Prefill holds projections and their rotated, head-expanded and attended copies.
     attention = tokens * (b * (2 * h + wide + 6 * model.q_size) + 12 * h + 8 * model.head_dim)
-    chunk = np.minimum(tokens, FFN_CHUNK_ROWS)
+    chunk = np.minimum(tokens * model.top_k, FFN_CHUNK_ROWS)
     routing = tokens * (16.0 * model.num_experts + 48 * model.top_k)
     inner = max(max(layer.ffn.intermediate_size, layer.ffn.shared_size) for layer in model.kinds)
     ffn = b * (3 * tokens * h + chunk * (2 * h + 4 * inner)) + 12 * tokens * h + routing

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from executor.grouped_experts import grouped_ffn, has_grouped_mm
+from executor.grouped_experts import grouped_ffn, grouped_kernel, sorted_ffn
 from executor.kernels import moe_ffn
 from executor.weight_layout import LayerWeights
 from hrm.layers import FeedForward
@@ -44,6 +44,7 @@ def test_groups_equal_single_experts(experts: int, k: int, tokens: int, share: f
     expected = moe_ffn(x, index, weight, plan.experts(resident, rest), gated)
     found = grouped_ffn(x, index, weight, plan.groups(resident, rest), experts, gated)
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+    assert torch.equal(sorted_ffn(x, index, weight, plan.groups(resident, rest), experts, gated), expected)
 
 
 def test_many_tokens_go_in_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -56,15 +57,20 @@ def test_many_tokens_go_in_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     groups = plan.groups(flat[: plan.resident], flat[plan.resident :])
     x, weight = torch.randn(50, HIDDEN), torch.rand(50, 2)
     index = torch.rand(50, 4).topk(2).indices
-    whole = grouped_ffn(x, index, weight, groups, 4, gated)
+    whole = [kernel(x, index, weight, groups, 4, gated) for kernel in (grouped_ffn, sorted_ffn)]
     monkeypatch.setattr(grouped_experts, "FFN_CHUNK_ROWS", 14)
-    torch.testing.assert_close(grouped_ffn(x, index, weight, groups, 4, gated), whole, rtol=1e-3, atol=1e-3)
+    for kernel, expected in zip((grouped_ffn, sorted_ffn), whole, strict=True):
+        torch.testing.assert_close(kernel(x, index, weight, groups, 4, gated), expected, rtol=1e-3, atol=1e-3)
 
 
-def test_the_host_has_no_grouped_gemm() -> None:
-    """Without a GPU, or in float32, experts are computed one by one; unaligned widths, too."""
-    assert not has_grouped_mm(torch.device("cpu"), torch.bfloat16, 64)
-    assert not has_grouped_mm(torch.device("cuda"), torch.float32, 64)
-    assert not has_grouped_mm(torch.device("cuda"), torch.bfloat16, 60, 64)
+def test_where_experts_run_in_one_call() -> None:
+    """On the host in every type of weights; on a GPU in bfloat16; nowhere with unaligned widths."""
+    host, gpu = torch.device("cpu"), torch.device("cuda")
+    for dtype in (torch.float32, torch.bfloat16):
+        assert grouped_kernel(host, dtype, 64, 128) is sorted_ffn
+    assert grouped_kernel(host, torch.float64, 64) is None
+    assert grouped_kernel(host, torch.bfloat16, 60, 64) is None
+    assert grouped_kernel(gpu, torch.float32, 64) is None
+    assert grouped_kernel(gpu, torch.bfloat16, 60, 64) is None
     if torch.cuda.is_available() and torch.cuda.get_device_capability()[0] == 9:
-        assert has_grouped_mm(torch.device("cuda"), torch.bfloat16, 64, 128)
+        assert grouped_kernel(gpu, torch.bfloat16, 64, 128) is grouped_ffn

@@ -19,7 +19,7 @@ from executor.families import family_of
 from executor.kernels import ExpertWeights
 from executor.memory import DeviceMemory
 from executor.weight_layout import LayerWeights, Named
-from executor.weights import WeightStore
+from executor.weights import Held, WeightStore
 from hrm import MoEModel, Policy
 from hrm.catalog import model_config
 from hrm.layers import FeedForward
@@ -282,7 +282,7 @@ def test_whole_experts_make_up_the_share(family_folder: Callable[[str], Path], n
         4 * kind.ffn.experts_parameters for kind in checkpoint.local.layers
     )
     for layer, kind in enumerate(checkpoint.local.layers):
-        both = zip(store.resident_experts(layer), store.host_experts(layer), strict=True)
+        both = zip(store.experts(layer, Held.RESIDENT), store.experts(layer, Held.HOST), strict=True)
         flat = torch.empty(kind.ffn.experts_parameters)
         checkpoint.read_experts(layer, flat)
         found = []
