@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -19,7 +20,7 @@ from executor.contention import Crowd
 from executor.cpu_attention import decode_attention
 from executor.device_attention import device_attention
 from executor.grouped_experts import grouped_kernel
-from executor.kernels import ExpertWeights, causal_attention, moe_ffn
+from executor.kernels import ExpertWeights, add_runs, causal_attention, moe_ffn
 from executor.lanes import PacedLink, lane_cores, lane_threads, settle
 from executor.machine import machine_facts, ram_bytes
 from executor.weight_layout import LayerWeights
@@ -34,6 +35,7 @@ __all__ = ["Bench", "Key", "typical"]
 _COLD_BYTES = 160 * 2**20
 _ROWS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024)
 _EXPERT_ROWS = (1, 1.5, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256, 512)
+_SINGLE_ROWS = (1.0, 4.0)
 _PROMPTS = (8, 16, 32, 64, 128, 256, 512)
 _CONTEXTS = (16, 32, 64, 128, 256, 512, 1024)
 _TIME_PER_POINT = 0.04
@@ -134,26 +136,15 @@ class Bench:
         """The MoE kernel on `tokens` tokens with uniform random routing."""
         m = self.model
         h, i = m.hidden_size, m.intermediate_size
-        layers = []
-        size = 3 * i * h
-        for first in range(0, self.pool.numel() - self.experts * size + 1, self.experts * size):
-            flat = self.pool[first : first + self.experts * size].view(self.experts, size)
-            layers.append([ExpertWeights([w[: 2 * i * h].view(2 * i, h)], [w[2 * i * h :].view(h, i)]) for w in flat])
+        x, choices, weight = self._routed(tokens)
         grouped = grouped_kernel(self.device, self.dtype, h, i)
         ffn = replace(m.main_layer.ffn, num_experts=self.experts, expert_other_parameters=0, routing=None)
-        whole = LayerWeights(ffn, (), self.experts * size)
+        whole, layers = LayerWeights(ffn, (), self.experts * 3 * i * h), self._expert_layers()
         groups = [whole.groups(self.pool[n * ffn.experts_parameters :], None) for n in range(len(layers))]
-        x = self.random(tokens, h)
-        choices = [
-            torch.rand(tokens, self.experts, generator=self.generator).topk(m.top_k).indices.to(self.device)
-            for _ in range(8)
-        ]
-        weight = torch.full((tokens, m.top_k), 1 / m.top_k, device=self.device)
-        state = {"next": 0}
+        turns = itertools.count()
 
         def call() -> Any:
-            state["next"] += 1
-            turn = state["next"]
+            turn = next(turns)
             if grouped is not None:
                 group = groups[turn % len(layers)]
                 return grouped(x, choices[turn % len(choices)], weight, group, self.experts, _gated)
@@ -161,18 +152,58 @@ class Bench:
 
         return call
 
+    def single_experts_call(self, tokens: int) -> Call:
+        """The same by calls of its own for every expert, as those of an expert cache are computed."""
+        x, choices, weight = self._routed(tokens)
+        layers, turns = self._expert_layers(), itertools.count()
+
+        def call() -> torch.Tensor:
+            turn, out = next(turns), torch.zeros_like(x)
+            flat, experts = choices[turn % len(choices)].reshape(-1), layers[turn % len(layers)]
+            ends = np.cumsum(torch.bincount(flat, minlength=self.experts).tolist())
+            bounds = zip(experts, [0, *ends[:-1].tolist()], ends.tolist(), strict=True)
+            runs = [(expert, start, stop) for expert, start, stop in bounds if stop > start]
+            add_runs(out, x, flat.argsort(stable=True), weight, runs, _gated)
+            return out
+
+        return call
+
+    def _routed(self, tokens: int) -> tuple[torch.Tensor, list[torch.Tensor], torch.Tensor]:
+        """States, several draws of choices, and weights."""
+        m = self.model
+        draws = [torch.rand(tokens, self.experts, generator=self.generator).topk(m.top_k).indices for _ in range(8)]
+        weight = torch.full((tokens, m.top_k), 1 / m.top_k, device=self.device)
+        return self.random(tokens, m.hidden_size), [draw.to(self.device) for draw in draws], weight
+
+    def _expert_layers(self) -> list[list[ExpertWeights]]:
+        """The experts of several layers, one behind the other in the pool."""
+        h, i = self.model.hidden_size, self.model.intermediate_size
+        size = 3 * i * h
+        layers = []
+        for first in range(0, self.pool.numel() - self.experts * size + 1, self.experts * size):
+            flat = self.pool[first : first + self.experts * size].view(self.experts, size)
+            layers.append([ExpertWeights([w[: 2 * i * h].view(2 * i, h)], [w[2 * i * h :].view(h, i)]) for w in flat])
+        return layers
+
     def expert_calls(self) -> tuple[dict[float, Call], dict[float, float]]:
         """The MoE kernel by tokens per active expert, and the FLOPs of each."""
         m = self.model
         calls: dict[float, Call] = {}
         flops: dict[float, float] = {}
         for wanted in _EXPERT_ROWS:
-            tokens = max(1, round(wanted * self.experts / m.top_k))
-            active = self.experts * (1 - (1 - m.top_k / self.experts) ** tokens)
-            rows = tokens * m.top_k / active
+            tokens = self._tokens(wanted)
+            rows = tokens * m.top_k / self._active(tokens)
             calls[rows] = self.expert_call(tokens)
             flops[rows] = 6.0 * tokens * m.top_k * m.hidden_size * m.intermediate_size
         return calls, flops
+
+    def _tokens(self, rows: float) -> int:
+        """Tokens that come to about so many for every expert."""
+        return max(1, round(rows * self.experts / self.model.top_k))
+
+    def _active(self, tokens: int) -> float:
+        """Experts that they are expected to choose."""
+        return self.experts * (1 - (1 - self.model.top_k / self.experts) ** tokens)
 
     def host_expert_call(self, tokens: int) -> Call:
         """Two experts in host memory, each on half of the tokens."""
@@ -264,6 +295,7 @@ class Bench:
         self.calls: dict[Key, Call] = {("gemm", k): v for k, v in self.gemm_calls().items()}
         self.calls |= {("experts", k): v for k, v in experts.items()}
         self.calls |= {("causal", k): v for k, v in causal.items()}
+        self.calls |= {("single experts", k): self.single_experts_call(self._tokens(k)) for k in _SINGLE_ROWS}
         self.calls[("dispatch", 0)] = _dispatch_probe(self.device, self.dtype)
         self.calls[("read", 0)] = self.pool.sum
         self.host_calls: dict[Key, Call] = {("attention", k): v for k, v in attention.items()}
@@ -355,6 +387,7 @@ class Bench:
             source=f"hrm probe, shapes of {m.name} in {m.dtype}",
             gpu_gemm=gemm,
             gpu_experts=experts,
+            single_expert_s=self._single_expert_s(spent, experts),
             gpu_attention=curve("causal", self.causal_flops),
             gpu_bandwidth=bandwidth,
             # Without a GPU both processors are the same cores with the same kernels.
@@ -379,6 +412,16 @@ class Bench:
             processors=crowd.processors,
         )
         return rates, read
+
+    def _single_expert_s(self, spent: dict[Key, float], experts: Curve) -> float:
+        """Seconds on top of an expert that is computed by calls of its own."""
+        m, extra = self.model, []
+        for wanted in _SINGLE_ROWS:
+            tokens = self._tokens(wanted)
+            active, flops = self._active(tokens), 6.0 * tokens * m.top_k * m.hidden_size * m.intermediate_size
+            together = flops / experts.at(tokens * m.top_k / active)
+            extra.append((spent["single experts", wanted] - together) / active)
+        return max(0.0, statistics.fmean(extra))
 
     def _host_weight_bandwidth(self, spent: dict[Key, float]) -> float:
         """Bytes/s at which an expert on the host reads its weights for one token."""

@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Any
 
 import torch
 
-from executor.kernels import ExpertWeights, add_expert
+from executor.kernels import ExpertWeights, add_runs
 from executor.memory import DeviceMemory
 from executor.weight_layout import LayerWeights
 from hrm.layers import FeedForward
 from hrm.model import MoEModel
-from hrm.pipeline import PIECES_IN_FLIGHT, expert_pieces
+from hrm.pipeline import FFN_CHUNK_ROWS, PIECES_IN_FLIGHT, expert_pieces
 from simulator.experts.cache import Access, ExpertCache
 
 __all__ = ["CacheCounts", "DeviceExperts", "Visit"]
@@ -59,6 +59,21 @@ class Visit:
     """Expert to slot, of the pieces that have come."""
     order: torch.Tensor | None = None
     """[n * k]: choices sorted by expert, on the device."""
+
+    def chunks(self, piece: int) -> Iterator[list[tuple[int, int, int]]]:
+        """Slots of a piece that has come and their tokens, (slot, start, stop) in `order`, so many at a time."""
+        runs: list[tuple[int, int, int]] = []
+        rows = 0
+        for expert, slot in self.slots[piece].items():
+            for start in range(self.starts[expert], self.starts[expert + 1], FFN_CHUNK_ROWS):
+                stop = min(start + FFN_CHUNK_ROWS, self.starts[expert + 1])
+                if rows + stop - start > FFN_CHUNK_ROWS:
+                    yield runs
+                    runs, rows = [], 0
+                runs.append((slot, start, stop))
+                rows += stop - start
+        if runs:
+            yield runs
 
 
 class DeviceExperts:
@@ -188,9 +203,8 @@ class DeviceExperts:
             total.zero_()
             visit.order = index.reshape(-1).argsort(stable=True)
         assert visit.order is not None
-        k = index.shape[-1]
-        for expert, slot in visit.slots[piece].items():
-            chosen = visit.order[visit.starts[expert] : visit.starts[expert + 1]]
-            add_expert(total, x, chosen // k, weight.reshape(-1)[chosen], self._views[slot], activation)
+        for chunk in visit.chunks(piece):
+            runs = [(self._views[slot], start, stop) for slot, start, stop in chunk]
+            add_runs(total, x, visit.order, weight, runs, activation)
         if piece == self.num_pieces - 1:
             del self._visits[step, layer, part]

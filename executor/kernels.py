@@ -10,7 +10,7 @@ import torch.nn.functional as F
 
 from hrm.pipeline import FFN_CHUNK_ROWS
 
-__all__ = ["ExpertWeights", "add_expert", "causal_attention", "moe_ffn", "run_expert"]
+__all__ = ["ExpertWeights", "Run", "add_expert", "add_runs", "causal_attention", "moe_ffn", "run_expert", "run_experts"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,6 +108,80 @@ def run_expert(
     """One expert on rows ``[n, H]``."""
     hidden = activation(_linear(x, expert.gate_up, expert.gate_up_bias))
     return _linear(hidden, expert.down, expert.down_bias)
+
+
+Run = tuple[ExpertWeights, int, int]
+"""An expert, and where its choices start and stop among those that are sorted by expert."""
+
+
+def add_runs(
+    out: torch.Tensor,
+    x: torch.Tensor,
+    order: torch.Tensor,
+    expert_weight: torch.Tensor,
+    runs: Sequence[Run],
+    activation: Callable[[torch.Tensor], torch.Tensor],
+) -> None:
+    """Add to `out`, [tokens, H], what some experts make of `x`, wherever their weights lie.
+
+    Parameters
+    ----------
+    out, x : Tensor, [tokens, H]
+    order : Tensor, [tokens * k]
+        Choices sorted by expert.
+    expert_weight : Tensor, [tokens, k]
+    runs : sequence of Run
+        At least one, none empty.
+    activation : callable
+    """
+    choices = torch.cat([order[start:stop] for _, start, stop in runs])
+    token = choices // expert_weight.shape[1]
+    y = run_experts(x[token], [stop - start for _, start, stop in runs], [expert for expert, _, _ in runs], activation)
+    out.index_add_(0, token, y.mul_(expert_weight.reshape(-1)[choices, None].to(y.dtype)))
+
+
+def run_experts(
+    x: torch.Tensor,
+    counts: Sequence[int],
+    experts: Sequence[ExpertWeights],
+    activation: Callable[[torch.Tensor], torch.Tensor],
+) -> torch.Tensor:
+    """Several experts, each on its run of rows.
+
+    A product per matrix, and everything else for all rows at once: between two operators another lane may take the
+    interpreter, so that fewer of them wait less.
+
+    Parameters
+    ----------
+    x : Tensor, [n, H]
+        Rows of the first expert, then those of the second, and so on.
+    counts : sequence of int
+        Rows of each expert.
+    experts : sequence of ExpertWeights
+    activation : callable
+        ``[rows, 2I]`` to ``[rows, I]``.
+
+    Returns
+    -------
+    Tensor, [n, H]
+    """
+    if len(experts) == 1:
+        return run_expert(x, experts[0], activation)
+    gate_up = _products(x, counts, [(expert.gate_up, expert.gate_up_bias) for expert in experts])
+    return _products(activation(gate_up), counts, [(expert.down, expert.down_bias) for expert in experts])
+
+
+def _products(
+    x: torch.Tensor, counts: Sequence[int], matrices: Sequence[tuple[Sequence[torch.Tensor], torch.Tensor | None]]
+) -> torch.Tensor:
+    out = x.new_empty(x.shape[0], sum(block.shape[0] for block in matrices[0][0]))
+    runs = zip(x.split(list(counts)), out.split(list(counts)), matrices, strict=True)
+    for rows, target, (blocks, bias) in runs:
+        if len(blocks) == 1 and bias is None:
+            torch.mm(rows, blocks[0].T, out=target)
+        else:
+            target.copy_(_linear(rows, blocks, bias))
+    return out
 
 
 def causal_attention(

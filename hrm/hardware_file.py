@@ -43,6 +43,7 @@ _SCALARS: dict[str, Callable[[Any], float]] = {
     "gpu_launch_s": parse_seconds,
     "cpu_attention_flops": parse_flops,
     "cpu_weight_bandwidth": parse_bandwidth,
+    "single_expert_s": parse_seconds,
     "cpu_task_s": parse_seconds,
     "gpu_attention_s": parse_seconds,
     "h2d_bandwidth": parse_bandwidth,

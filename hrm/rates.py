@@ -86,6 +86,8 @@ class Rates:
     """FLOP/s of a dense projection by number of rows."""
     gpu_experts: Curve
     """FLOP/s of the expert FFN by tokens per active expert."""
+    single_expert_s: float = 0.0
+    """Seconds that an expert costs on top where it has calls of its own, as those of an expert cache have."""
     gpu_attention: Curve
     """FLOP/s of causal attention in prefill."""
     gpu_bandwidth: float

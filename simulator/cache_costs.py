@@ -124,6 +124,8 @@ def cached_seconds(
 ) -> dict[Op, Any]:
     """Seconds of these tasks, each alone; parameters as those of `cached_work`.
 
+    Experts are computed by calls of their own, since their weights lie in slots here and there.
+
     A GPU copies an expert from pageable memory in two steps, one after the other: the driver's copy to pinned memory,
     at the rate of the staging copy, and the transfer. (Drivers overlap the two for large copies, some better than
     others; this is the slow end.)
@@ -135,7 +137,8 @@ def cached_seconds(
     brought = rates.transfer_s + expert / rates.h2d_bandwidth
     if rates.fetches_pageable:
         brought += expert / rates.staging_bandwidth
-    computed = np.repeat(times.gpu_experts(tokens, layer), pieces) * share
+    single = active_experts(ffn, tokens) * rates.single_expert_s if ffn.routed else 0.0 * tokens
+    computed = np.repeat(times.gpu_experts(tokens, layer) + single, pieces) * share
     choices = 8.0 * tokens * (ffn.top_k if ffn.routed else 0)
     return {
         Op.OFFLOAD_ROUTES: times.d2h(choices),

@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from executor.kernels import ExpertWeights, causal_attention, moe_ffn
+from executor.kernels import ExpertWeights, add_runs, causal_attention, moe_ffn
 
 
 def silu_gate(gate_up: torch.Tensor) -> torch.Tensor:
@@ -62,6 +62,26 @@ def test_experts_elsewhere_add_nothing() -> None:
         for odd in (0, 1)
     ]
     torch.testing.assert_close(halves[0] + halves[1], moe_ffn(x, index, weight, experts, silu_gate))
+
+
+@pytest.mark.parametrize("biased", [False, True])
+def test_experts_run_by_run(biased: bool) -> None:
+    """Runs of some experts, then of the others, add up to all of them; a cut expert is one among whole ones."""
+    torch.manual_seed(3)
+    experts = []
+    for e in range(6):
+        gate_up, down = torch.randn(20, 12), torch.randn(12, 10)
+        cut = ([gate_up[:7], gate_up[7:]], [down[:5], down[5:]]) if e == 2 else ([gate_up], [down])
+        experts.append(ExpertWeights(*cut, *((torch.randn(20), torch.randn(12)) if biased else (None, None))))
+    x = torch.randn(9, 12)
+    weight, index = torch.rand(9, 6).topk(2)
+    order = index.reshape(-1).argsort(stable=True)
+    stops = torch.bincount(index.reshape(-1), minlength=6).cumsum(0).tolist()
+    runs = [run for run in zip(experts, [0, *stops[:-1]], stops, strict=True) if run[2] > run[1]]
+    out = torch.zeros_like(x)
+    for some in (runs[1::2], runs[:1], runs[2::2]):
+        add_runs(out, x, order, weight, some, silu_gate)
+    torch.testing.assert_close(out, moe_ffn(x, index, weight, experts, silu_gate))
 
 
 def test_a_dense_ffn_is_one_expert() -> None:

@@ -180,6 +180,21 @@ def test_pageable_experts_are_copied_twice(qwen: MoEModel, machine: Hardware, pi
     assert by_core == pytest.approx(moved / rates.h2d_bandwidth)
 
 
+def test_calls_of_their_own_cost_every_active_expert(qwen: MoEModel, machine: Hardware) -> None:
+    """What an expert costs on top is charged once for each expert that a micro-batch activates, hit or missed."""
+    policy = Policy(batch_size=4, micro_batch_size=4, expert_slots=32)
+    batch = BatchShape.uniform(4, 4, 16, 3)
+
+    def computing(single: float) -> float:
+        rates = replace(machine.rates(), single_expert_s=single)
+        timeline = simulate(qwen, rates, policy, batch, exact=True, contention=False).timeline
+        decode = timeline.schedule.mask(Op.EXPERTS) & (timeline.schedule.step == 1)
+        return float((timeline.end - timeline.start)[decode].sum())
+
+    active = qwen.num_layers * float(active_experts(qwen.main_layer.ffn, 4))
+    assert computing(0.25) - computing(0.0) == pytest.approx(0.25 * active)
+
+
 def test_gpus_that_share_experts_share_the_link(qwen: MoEModel, machine: Hardware) -> None:
     """Two GPUs bring a missing expert in halves over the node's link: no sooner than one brings it whole."""
     policy = Policy(batch_size=2, micro_batch_size=2, expert_slots=32)
