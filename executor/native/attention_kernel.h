@@ -5,6 +5,7 @@
 
 constexpr int P = 2 * W;  // elements that are loaded at once: two vectors, whose order is the data type's own matter
 constexpr int kTokens = 4;  // tokens that are scored in registers at once
+constexpr int kMany = 8;  // heads, and tokens, that meet in registers where queries are interleaved
 constexpr int kNear = 8;  // tokens whose keys all heads of a group see before the next ones
 constexpr int kKeysAhead = 8, kValuesAhead = 16;  // how many rows before their use they are asked for
 constexpr float kLog2e = 1.44269504088896341f;
@@ -66,6 +67,12 @@ static void write(const float* from, int64_t size, float factor, typename D::T* 
 template <class D>
 INLINE void ask_for(const typename D::T* at) {
     for (int i = 0; i < P; i += kCacheLine / static_cast<int>(sizeof(*at))) __builtin_prefetch(at + i, 0, 3);
+}
+
+// Asks for as much of what the next block reads, which need not come near yet.
+template <class D>
+INLINE void ask_for_next(const typename D::T* at) {
+    for (int i = 0; i < P; i += kCacheLine / static_cast<int>(sizeof(*at))) __builtin_prefetch(at + i, 0, 2);
 }
 
 // Rows of one head in a block of tokens. `gap` elements lie between the block's end and the rows that come next.
@@ -132,6 +139,73 @@ static void score(const float* queries, int64_t query_stride, int64_t group, con
     }
 }
 
+// Queries of every four heads, in place: row j of the four gets the j-th quarters of all four's vectors.
+template <class D>
+static void interleave(float* queries, int64_t stride, int64_t heads, int64_t dim) {
+    for (int64_t h = 0; h < heads; h += 4)
+        for (int64_t i = 0; i < dim; i += W) {
+            float* at = queries + h * stride + i;
+            V a = load(at), b = load(at + stride), c = load(at + 2 * stride), d = load(at + 3 * stride);
+            D::interleave4(a, b, c, d);
+            store(at, a), store(at + stride, b), store(at + 2 * stride, c), store(at + 3 * stride, d);
+        }
+}
+
+// score_tile for kMany heads whose queries are interleaved and T tokens. A quarter of a vector of keys meets four heads
+// at once: keys are loaded and converted once for all heads, and few lanes are left to be added up in the end.
+template <class D, int T>
+__attribute__((noinline)) static void score_interleaved_tile(const float* queries, int64_t query_stride,
+                                                             const Rows<D>& keys, int64_t first, int64_t dim,
+                                                             float* scores, const typename D::T* next) {
+    constexpr int kWhole = (T + 3) / 4 * 4;
+    V low[kWhole], high[kWhole];  // of the first four heads, of the last four
+#pragma GCC unroll 8
+    for (int t = 0; t < kWhole; ++t) low[t] = high[t] = set1(0.0f);
+    const typename D::T* row = keys[first];
+    const int64_t stride = keys.stride;
+    for (int64_t i = 0; i < dim; i += P, row += P) {
+        for (int t = 0; t < T; ++t, next += P) ask_for_next<D>(next);
+        const float *of_low = queries + i, *of_high = of_low + 4 * query_stride;
+        // Unrolled, it would want more registers than there are.
+#pragma GCC unroll 1
+        for (int j = 0; j < 4; ++j, of_low += query_stride, of_high += query_stride) {
+            const V low_a = load(of_low), low_b = load(of_low + W), high_a = load(of_high), high_b = load(of_high + W);
+            const typename D::T* at = row;
+#pragma GCC unroll 8
+            for (int t = 0; t < T; ++t, at += stride) {
+                V a, b;
+                D::spread2(at, j, a, b);
+                low[t] = fma(low_b, b, fma(low_a, a, low[t]));
+                high[t] = fma(high_b, b, fma(high_a, a, high[t]));
+            }
+        }
+    }
+    scores += first;
+#pragma GCC unroll 2
+    for (int t = 0; t < kWhole; t += 4) {
+        D::quarter_sums4(low[t], low[t + 1], low[t + 2], low[t + 3], scores + t, kBlock);
+        D::quarter_sums4(high[t], high[t + 1], high[t + 2], high[t + 3], scores + 4 * kBlock + t, kBlock);
+    }
+}
+
+// score() with interleaved queries. `next` is read through as far as these keys are long.
+template <class D>
+static void score_interleaved(const float* queries, int64_t query_stride, int64_t group, const Rows<D>& keys,
+                              int64_t dim, float* scores, const typename D::T* next) {
+    for (int64_t h = 0; h < group; h += kMany, queries += kMany * query_stride, scores += kMany * kBlock)
+        for (int64_t t = 0; t < keys.count;) {
+            if (keys.count < kMany) {
+                score_interleaved_tile<D, 1>(queries, query_stride, keys, t, dim, scores, next + t * dim);
+                ++t;
+            } else {
+                // Some tokens come twice if kMany does not divide their number.
+                const int64_t first = t + kMany < keys.count ? t : keys.count - kMany;
+                score_interleaved_tile<D, kMany>(queries, query_stride, keys, first, dim, scores, next + t * dim);
+                t += kMany;
+            }
+        }
+}
+
 // Greatest score of each of H heads.
 template <int H>
 INLINE void block_maxima(const float* scores, int64_t count, float* tops) {
@@ -182,9 +256,9 @@ static void softmax(float* scores, int64_t group, int64_t count, float* maxima, 
 }
 
 // sums[h] = rescale[h] * sums[h] + weights[h] . values for H heads and C elements times two vectors.
-template <class D, int H, int C, bool Ahead>
+template <class D, int H, int C, bool Ahead, bool Next = false>
 static void value_tile(const float* weights, const float* rescale, const Rows<D>& values, float* sums,
-                       int64_t sum_stride) {
+                       int64_t sum_stride, const typename D::T* next = nullptr) {
     V sum[H][2 * C];
     for (int h = 0; h < H; ++h)
         for (int c = 0; c < 2 * C; ++c) sum[h][c] = set1(0.0f);
@@ -197,6 +271,7 @@ static void value_tile(const float* weights, const float* rescale, const Rows<D>
             V a, b;
             D::load2(row + c * P, a, b);
             if (Ahead) ask_for<D>(row + ahead + c * P);
+            if (Next) ask_for_next<D>(next), next += P;
             for (int h = 0; h < H; ++h) {
                 sum[h][2 * c] = fma(weight[h], a, sum[h][2 * c]);
                 sum[h][2 * c + 1] = fma(weight[h], b, sum[h][2 * c + 1]);
@@ -239,6 +314,25 @@ static void add_values(const float* weights, const float* rescale, int64_t group
         value_column<D, kHeads, 1, Ahead>(weights, rescale, group, values.shifted(i), sums + i, sum_stride, prefetch);
 }
 
+// add_values() for groups of kMany heads: every element of a row is fetched and converted once. `next` is read through
+// as far as these values are long.
+template <class D>
+static void add_values_to_many(const float* weights, const float* rescale, int64_t group, const Rows<D>& values,
+                               int64_t dim, float* sums, int64_t sum_stride, const typename D::T* next) {
+    for (int64_t i = 0; i < dim; i += P)
+        for (int64_t h = 0; h < group; h += kMany)
+            value_tile<D, kMany, 1, false, true>(weights + h * kBlock, rescale + h, values.shifted(i),
+                                                 sums + h * sum_stride + i, sum_stride, next + i * values.count);
+}
+
+// Whether queries are interleaved: where many heads share keys that are not converted beforehand. The next block is
+// asked for from its beginning to its end meanwhile, which memory likes best; so nothing may lie between its rows.
+template <class D>
+static bool interleaves(const Problem& p) {
+    return kInterleaves<D> && p.group() % kMany == 0 && !p.staged(P, sizeof(typename D::T)) &&
+           p.kv_stride == p.kv_heads * (p.key_dim + p.value_dim);
+}
+
 // One block of tokens for all heads; `after` are the rows that come next.
 template <class D>
 static void attend_block(const Problem& p, const Buffers& buffers, const State& state, const typename D::T* rows,
@@ -268,6 +362,14 @@ static void attend_block(const Problem& p, const Buffers& buffers, const State& 
             softmax(buffers.scores, group, count, maxima, denominators, buffers.rescale, buffers.found);
             add_values<F32, false>(buffers.scores, buffers.rescale, group, shared ? near_keys : near_values,
                                    value_dim, sums, value_stride, prefetch);
+        } else if (interleaves<D>(p)) {
+            if constexpr (kInterleaves<D>) {
+                const typename D::T* next = after + g * count * (p.key_dim + p.value_dim);
+                score_interleaved<D>(queries, key_stride, group, keys, p.key_dim, buffers.scores, next);
+                softmax(buffers.scores, group, count, maxima, denominators, buffers.rescale, buffers.found);
+                add_values_to_many<D>(buffers.scores, buffers.rescale, group, values, p.value_dim, sums, value_stride,
+                                      next + count * p.key_dim);
+            }
         } else {
             score<D, true>(queries, key_stride, group, keys, p.key_dim, buffers.scores, prefetch);
             softmax(buffers.scores, group, count, maxima, denominators, buffers.rescale, buffers.found);
@@ -329,6 +431,8 @@ static void work(Job& job, float* scratch) {
             const T* q = static_cast<const T*>(p.q) + piece.sequence * p.q_stride;
             for (int64_t h = 0; h < p.heads; ++h)
                 convert<D>(q + h * p.key_dim, p.key_dim, p.scale * kLog2e, buffers.queries + h * key_stride);
+            if constexpr (kInterleaves<D>)
+                if (interleaves<D>(p)) interleave<D>(buffers.queries, key_stride, p.heads, p.key_dim);
             converted = piece.sequence;
         }
         const State state(p, piece.part < 0 ? buffers.state : job.parts + piece.part * part_floats(p));

@@ -77,3 +77,7 @@ struct F16 {
         _mm_storeu_si128(reinterpret_cast<__m128i*>(at + W), _mm256_cvtps_ph(b, _MM_FROUND_TO_NEAREST_INT));
     }
 };
+
+// Whether groups of kMany heads are taken together; their sums would not fit into the registers.
+template <class D>
+constexpr bool kInterleaves = false;

@@ -47,11 +47,32 @@ struct F32 {
 // Elements of even and of odd index come apart: the upper half of a float is a bfloat16.
 struct BF16 {
     using T = uint16_t;
-    INLINE void load2(const T* at, V& a, V& b) {
-        __m512i pairs = _mm512_loadu_si512(at);
+    INLINE void widen(__m512i pairs, V& a, V& b) {
         asm("" : "+v"(pairs));  // one load, not one for each half: they are what these processors run short of
         a = _mm512_castsi512_ps(_mm512_slli_epi32(pairs, 16));
         b = _mm512_castsi512_ps(_mm512_and_si512(pairs, _mm512_set1_epi32(static_cast<int>(0xffff0000u))));
+    }
+    INLINE void load2(const T* at, V& a, V& b) { widen(_mm512_loadu_si512(at), a, b); }
+    // The j-th quarters of what load2 gives, each four times over.
+    INLINE void spread2(const T* at, int j, V& a, V& b) {
+        widen(_mm512_broadcast_i32x4(_mm_loadu_si128(reinterpret_cast<const __m128i*>(at + 8 * j))), a, b);
+    }
+    // The j-th quarter of the i-th vector becomes the i-th quarter of the j-th vector.
+    INLINE void interleave4(V& a, V& b, V& c, V& d) {
+        const V ab = _mm512_shuffle_f32x4(a, b, 0x44), ab_high = _mm512_shuffle_f32x4(a, b, 0xee);
+        const V cd = _mm512_shuffle_f32x4(c, d, 0x44), cd_high = _mm512_shuffle_f32x4(c, d, 0xee);
+        a = _mm512_shuffle_f32x4(ab, cd, 0x88), b = _mm512_shuffle_f32x4(ab, cd, 0xdd);
+        c = _mm512_shuffle_f32x4(ab_high, cd_high, 0x88), d = _mm512_shuffle_f32x4(ab_high, cd_high, 0xdd);
+    }
+    // Sums of the quarters of four vectors; those of the i-th quarters go to row i.
+    INLINE void quarter_sums4(V a, V b, V c, V d, float* rows, int64_t stride) {
+        const V ab = _mm512_shuffle_ps(a, b, 0x88) + _mm512_shuffle_ps(a, b, 0xdd);
+        const V cd = _mm512_shuffle_ps(c, d, 0x88) + _mm512_shuffle_ps(c, d, 0xdd);
+        const V abcd = _mm512_shuffle_ps(ab, cd, 0x88) + _mm512_shuffle_ps(ab, cd, 0xdd);
+        _mm_storeu_ps(rows, _mm512_castps512_ps128(abcd));
+        _mm_storeu_ps(rows + stride, _mm512_extractf32x4_ps(abcd, 1));
+        _mm_storeu_ps(rows + 2 * stride, _mm512_extractf32x4_ps(abcd, 2));
+        _mm_storeu_ps(rows + 3 * stride, _mm512_extractf32x4_ps(abcd, 3));
     }
     INLINE __m512i upper(V v) {  // rounded to nearest even
         const __m512i bits = _mm512_castps_si512(v);
@@ -78,3 +99,10 @@ struct F16 {
         _mm512_storeu_si512(at, _mm512_inserti64x4(low, _mm512_cvtps_ph(b, _MM_FROUND_TO_NEAREST_INT), 1));
     }
 };
+
+// Whether groups of kMany heads are taken together, with interleaved queries. Of floats twice as much would be loaded
+// for every multiplication.
+template <class D>
+constexpr bool kInterleaves = false;
+template <>
+constexpr bool kInterleaves<BF16> = true;

@@ -101,3 +101,7 @@ struct F16 {
         for (int i = 0; i < W; ++i) at[i] = narrow(a[i]), at[i + W] = narrow(b[i]);
     }
 };
+
+// Whether groups of kMany heads are taken together; their sums would not fit into the registers.
+template <class D>
+constexpr bool kInterleaves = false;

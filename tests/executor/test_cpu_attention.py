@@ -178,6 +178,20 @@ def test_long_sequences_are_cut(variant: str, threads: int, dtype: torch.dtype) 
         case.check(case.run(threads=threads))
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(
+    "layout", [(8, 1, 64, 64), (16, 2, 192, 128), (32, 2, 96, 96), (48, 2, 64, 32), (16, 2, 80, 72)], ids=str
+)
+def test_heads_in_groups_of_eight(variant: str, layout: tuple[int, int, int, int], dtype: torch.dtype) -> None:
+    """Groups of 8, 16 and 24 heads, any number of tokens in the last block, rows with and without gaps between them."""
+    case = Case.random([1, 5, 7, 8, 9, 30, 31, 45, 70], *layout, dtype, sinks=True)
+    wide = torch.full((case.kv.shape[0], case.kv.shape[1] + 16), torch.nan, dtype=dtype)
+    wide[:, 16:] = case.kv
+    for kv in (case.kv, wide[:, 16:]):
+        case.kv = kv
+        case.check(case.run(threads=2))
+
+
 def test_many_heads_of_one_latent(variant: str) -> None:
     """The heads of a large model share one row, which is converted once per block."""
     case = Case.random([100, 31], 128, 1, 576, 512, torch.bfloat16, latent=True)
