@@ -31,7 +31,6 @@ import gc
 import json
 import shlex
 import statistics
-import subprocess
 import sys
 import time
 from collections.abc import Mapping, Sequence
@@ -52,6 +51,7 @@ from executor.gating.sizes import LM, MT  # noqa: E402
 from executor.machine import OtherLoad, machine_facts  # noqa: E402
 from experiments.experts.gating_report import draw_rows, measured_cells  # noqa: E402
 from experiments.output import plain, table  # noqa: E402
+from experiments.records import commit  # noqa: E402
 from hrm.gating import GATING_VARIANTS  # noqa: E402
 from hrm.units import format_bytes, parse_bytes  # noqa: E402
 
@@ -135,17 +135,6 @@ def save_figure(path: Path, shapes: Mapping[str, Any]) -> None:
     figure.savefig(path, dpi=130)
 
 
-def _commit() -> str | None:
-    def git(*args: str) -> str:
-        command = ["git", "-C", str(_ROOT), *args]
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
-
-    try:
-        return git("rev-parse", "HEAD") + ("-dirty" if git("status", "--porcelain") else "")
-    except (OSError, subprocess.CalledProcessError):
-        return None
-
-
 def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shape", choices=list(_SHAPES), action="append", help="default: both")
@@ -172,7 +161,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     result: dict[str, Any] = {
         "command": shlex.join(["python", *(sys.argv if arguments is None else ["benchmarks/gating.py", *arguments])]),
         "machine": machine_facts(),
-        "commit": _commit(),
+        "commit": commit(),
         "threads": options.threads,
         "rounds": options.rounds,
         "gatings": list(GATING_VARIANTS),

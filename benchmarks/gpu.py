@@ -17,9 +17,20 @@ Parts, in this order without --part:
     report      tables, figures and summary.md from all that has ended so far
 
 A command begins nothing that is predicted to end after --time-budget. What has ended is on disk (records.jsonl in
---out), and the same command goes on from there, on the same kind of machine; it exits with 4 while something is left.
-A case that failed is not run again without --retry. Without a GPU everything runs as a rehearsal:
+--out), and the same command goes on from there, on the same kind of machine. What would not even end in a command that
+does nothing else is left out, until a command has a larger --time-budget. A case that failed is run again by a command
+with --retry (not by each of a loop), and the later result counts. The report names the versions of the code that its
+results come from. Without a GPU everything runs as a rehearsal:
 --device cpu --model mixtral-tiny --cap 12MiB --link-bandwidth 2GB/s --most-requests 16 --gen-len 8.
+
+Exit codes:
+
+    0           all has ended
+    1           nothing can be done: one line says why
+    2           an option is not understood
+    4           something is left for the same command to go on with
+    5           all has ended and something failed, which the last line names: a case, a cap that holds no batch,
+                answers that differ from transformers', errors that the sanitizer found, the benchmark beside Accelerate
 """
 
 from __future__ import annotations
@@ -40,7 +51,7 @@ from benchmarks.gpu_cases import Cap  # noqa: E402
 from benchmarks.gpu_exact import exact  # noqa: E402
 from benchmarks.gpu_outside import peers, sanitizer  # noqa: E402
 from benchmarks.gpu_proof import Options, Proof  # noqa: E402
-from benchmarks.gpu_report import report  # noqa: E402
+from benchmarks.gpu_report import failures, report  # noqa: E402
 from benchmarks.gpu_upper import upper  # noqa: E402
 from benchmarks.gpu_validate import validate  # noqa: E402
 from executor.generate import DEFAULT_LINK_BANDWIDTH, pick_device  # noqa: E402
@@ -52,11 +63,21 @@ _PARTS = ("validate", "exact", "sanitizer", "peers", "upper", "report")
 _CAPS = ("16GiB", "24GiB", "none")
 _MODEL = "mixtral-8x7b"
 _BUDGET_S, _CAP_S = 540.0, 1250.0
-_UNFINISHED = 4
+_UNFINISHED, _FAILED = 4, 5
 
 
 def _sizes(text: str) -> tuple[int, ...]:
-    return tuple(int(size) for size in text.split(","))
+    sizes = text.split(",")
+    if not all(size.strip().isdecimal() and int(size) >= 1 for size in sizes):
+        raise argparse.ArgumentTypeError(f"{text!r} is no list of batch sizes, each at least 1; write e.g. '1,8,32'")
+    return tuple(int(size) for size in sizes)
+
+
+def _bandwidth(text: str) -> float:
+    try:
+        return parse_bandwidth(text)
+    except HrmError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
 
 
 def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -76,7 +97,7 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--long-gen-len", type=int, default=128)
     parser.add_argument("--most-requests", type=int, help="by default what host memory holds")
     parser.add_argument("--batch-sizes", type=_sizes, default=(1, 8, 32, 128, 512), help="of the part upper")
-    parser.add_argument("--link-bandwidth", type=parse_bandwidth, help="of the paced link, without a GPU")
+    parser.add_argument("--link-bandwidth", type=_bandwidth, help="of the paced link, without a GPU")
     parser.add_argument("--out", type=Path, default=_ROOT / "out" / "gpu", help="records, probe, timelines")
     parser.add_argument("--results", type=Path, help="by default experiments/measured/<gpu>, in a rehearsal in --out")
     parser.add_argument("--retry", action="store_true", help="run cases again that failed")
@@ -90,6 +111,8 @@ def _proof(given: argparse.Namespace, started: float) -> Proof:
         if value is not None and not value >= 1:
             raise InvalidValue(f"'{name.replace('_', '-')}' must be >= 1: {value}")
     cuda = device.type == "cuda"
+    if given.device is None and not cuda:
+        raise InvalidValue("there is no GPU here; --device cpu with a small --model (mixtral-tiny) rehearses.")
     if cuda and given.link_bandwidth is not None:
         raise InvalidValue("a GPU's link has its own pace; leave --link-bandwidth out.")
     proof = Proof(
@@ -115,8 +138,8 @@ def _proof(given: argparse.Namespace, started: float) -> Proof:
     return proof
 
 
-def main(arguments: Sequence[str] | None = None) -> bool:
-    """Run parts until they have ended or the time is used up; whether all have ended."""
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run parts until they have ended or the time is used up; returns the exit code."""
     started = time.monotonic()
     given = _options(arguments)
     parts = given.part or list(_PARTS)
@@ -140,12 +163,22 @@ def main(arguments: Sequence[str] | None = None) -> bool:
                 step()
     except OutOfTime:
         say("the time budget is used up; the same command goes on from here.")
-        return False
-    return True
+        return _UNFINISHED
+    except HrmError:
+        _say_what_failed(proof, parts, caps)  # without which the error may not be understood
+        raise
+    return _FAILED if _say_what_failed(proof, parts, caps) else 0
+
+
+def _say_what_failed(proof: Proof, parts: Sequence[str], caps: Sequence[Cap]) -> bool:
+    failed = failures(proof, parts, [cap.name for cap in caps])
+    if failed:
+        say(f"failed: {'; '.join(failed)}")
+    return bool(failed)
 
 
 if __name__ == "__main__":
     try:
-        sys.exit(0 if main() else _UNFINISHED)
+        sys.exit(main())
     except HrmError as failure:
         sys.exit(f"benchmarks/gpu.py: error: {failure}")

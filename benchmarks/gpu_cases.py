@@ -11,13 +11,13 @@ from typing import Any
 from executor.placements import choose_policy
 from experiments.validation_cases import Case
 from experiments.validation_runs import expected
-from hrm import Hardware, MoEModel, Policy, Workload, plan
+from hrm import BatchShape, Hardware, MoEModel, Policy, Workload, plan
 from hrm.errors import DoesNotFit, HrmError, InvalidValue
 from hrm.memory import batch_footprint, kv_cache_bytes, usable_bytes
 from hrm.systems import check_system
 from hrm.units import format_bytes, parse_bytes
 
-__all__ = ["Cap", "Chosen", "Limits", "case_from", "choose", "planning_machine"]
+__all__ = ["Cap", "Chosen", "Limits", "case_from", "check_cap", "choose", "holds_a_request", "planning_machine"]
 
 _SYSTEMS = ("moe-lightning", "fastdecode", "flexgen-c", "flexgen", "deepspeed-zero")
 _FEWER = 8
@@ -83,6 +83,32 @@ class Chosen:
         """What `to_dict` gave."""
         cases = tuple(case_from(entry) for entry in data["cases"])
         return cls(cases=cases, seconds=tuple(data["seconds"]), left_out=data["left_out"])
+
+
+def check_cap(model: MoEModel, cap: Cap) -> None:
+    """Refuse a cap that does not hold the smallest batch, which needs no probe to be known.
+
+    Raises
+    ------
+    DoesNotFit
+        With what the smallest batch needs.
+    """
+    need = _least_bytes(model)
+    if cap.bytes is not None and need > cap.bytes:
+        raise DoesNotFit(
+            f"a single request of {model.name}, with its weights on the host, takes {format_bytes(need)} of device "
+            "memory."
+        )
+
+
+def holds_a_request(model: MoEModel, cap: Cap) -> bool:
+    """Whether a cap passes `check_cap`."""
+    return cap.bytes is None or _least_bytes(model) <= cap.bytes
+
+
+def _least_bytes(model: MoEModel) -> float:
+    smallest = Policy(batch_size=1, micro_batch_size=1, attention_on_gpu=False)
+    return float(batch_footprint(model, BatchShape(((1,),), 1), smallest).gpu_bytes)
 
 
 def case_from(entry: dict[str, Any]) -> Case:

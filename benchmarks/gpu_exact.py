@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.gpu_proof import Proof
+from benchmarks.gpu_proof import Proof, without_result
 from executor.checkpoint import Checkpoint, make_checkpoint
 from executor.generate import generate
 from experiments.records import say
@@ -50,7 +50,7 @@ def exact(proof: Proof) -> None:
             for name, policy in _policies(system, len(_LENGTHS)).items():
                 keys = {"kind": "exact", "family": family, "system": system, "policy": name}
                 row = proof.once(partial(_compare, proof, folder, system, policy, answers), **keys)
-                equal = row.get("failed") or f"{row['equal']} of {row['requests']} answers equal"
+                equal = without_result(row) or f"{row['equal']} of {row['requests']} answers equal"
                 say(f"exact: {family}, {system}, {name}: {equal}")
 
 

@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import os
 import shutil
+import signal
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from benchmarks.gpu_exact import tiny_checkpoint
-from benchmarks.gpu_proof import Proof
+from benchmarks.gpu_proof import Proof, without_result
 from experiments.records import OutOfTime, say
 
 __all__ = ["find_sanitizer", "peers", "sanitizer"]
@@ -46,14 +49,13 @@ def sanitizer(proof: Proof) -> None:
         if tool is None:
             row = proof.records.find(**keys) or proof.records.add(**keys, missing="compute-sanitizer was not found")
         else:
-            row = proof.once(partial(_sanitize, proof, tool, name), **keys)
-        ended = row.get("missing") or row.get("failed") or f"exit code {row['exit_code']}"
-        say(f"sanitizer: {name}: {ended}")
+            needs = min(_SANITIZER_S, proof.options.time_budget / 2)
+            row = proof.once(partial(_sanitize, proof, tool, name), expected=needs, **keys)
+        say(f"sanitizer: {name}: {without_result(row) or 'exit code ' + str(row['exit_code'])}")
 
 
 def _sanitize(proof: Proof, tool: str, name: str) -> dict[str, Any]:
     """A short run of the tiny model, streamed and resident weights, under a tool; in bfloat16, as the real one is."""
-    proof.check_time(min(_SANITIZER_S, proof.options.time_budget / 2))
     folder = tiny_checkpoint(proof.options.out, dtype="bfloat16")
     run = [
         sys.executable, "-m", "experiments.cli", "run", "--checkpoint", str(folder),
@@ -65,12 +67,34 @@ def _sanitize(proof: Proof, tool: str, name: str) -> dict[str, Any]:
 
 
 def _call(command: Sequence[str], *, timeout: float) -> dict[str, Any]:
+    """Exit code and last lines of a program, which leaves no process behind."""
+    pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    with _terminated_by_exception(), subprocess.Popen(command, cwd=_ROOT, start_new_session=True, **pipes) as program:
+        try:
+            stdout, stderr = program.communicate(timeout=timeout)
+        except BaseException as error:
+            # A tool's own children would go on using the device.
+            os.killpg(program.pid, signal.SIGKILL)
+            program.communicate()
+            if isinstance(error, subprocess.TimeoutExpired):
+                return {"failed": f"was not done after {timeout:.0f} s"}
+            raise
+    lines = (stdout + stderr).strip().splitlines()
+    return {"exit_code": program.returncode, "last_lines": lines[-_LAST_LINES:]}
+
+
+@contextmanager
+def _terminated_by_exception() -> Iterator[None]:
+    """Let SIGTERM raise, as Ctrl-C does: a program in a session of its own would outlive this one."""
+
+    def leave(number: int, _: object) -> None:
+        raise SystemExit(128 + number)
+
+    before = signal.signal(signal.SIGTERM, leave)
     try:
-        done = subprocess.run(command, cwd=_ROOT, capture_output=True, text=True, timeout=timeout)
-    except subprocess.TimeoutExpired:
-        return {"failed": f"was not done after {timeout:.0f} s"}
-    lines = (done.stdout + done.stderr).strip().splitlines()
-    return {"exit_code": done.returncode, "last_lines": lines[-_LAST_LINES:]}
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def peers(proof: Proof) -> None:
@@ -80,20 +104,18 @@ def peers(proof: Proof) -> None:
         row = proof.records.find(**keys) or proof.records.add(
             **keys, missing="accelerate is not installed; its runs are left out"
         )
-        say(f"peers: {row['missing']}")
-        return
-    proof.drop()  # another process needs the memory
-    if proof.wanted(**keys):
-        proof.check_time(2 * _SPARE_S if proof.options.cuda else 0.0)
-        proof.once(partial(_benchmark, proof), **keys)
+    else:
+        proof.drop()  # another process needs the memory
+        row = proof.once(partial(_benchmark, proof), expected=2 * _SPARE_S if proof.options.cuda else 0.0, **keys)
+    say(f"peers: {without_result(row) or 'exit code ' + str(row['exit_code'])}")
 
 
 def _benchmark(proof: Proof) -> dict[str, Any]:
-    """One call; raises `OutOfTime` if it needs another one."""
-    options, out = proof.options, proof.options.out / "peers.json"
+    """One call; raises `OutOfTime` if it needs another one, which comes further."""
+    options, out, work = proof.options, proof.options.out / "peers.json", proof.options.out / "peers"
     budget = proof.left - _SPARE_S if proof.options.cuda else min(proof.left, 600.0)
     command = [
-        sys.executable, str(_ROOT / "benchmarks" / "executor.py"), f"--work={options.out / 'peers'}", f"--out={out}",
+        sys.executable, str(_ROOT / "benchmarks" / "executor.py"), f"--work={work}", f"--out={out}",
         f"--device={options.device.type}", f"--time-budget={budget:.0f}",
     ]  # fmt: skip
     if not options.cuda:
@@ -101,7 +123,15 @@ def _benchmark(proof: Proof) -> dict[str, Any]:
         command += [f"--checkpoint={tiny_checkpoint(options.out)}", *_REHEARSAL]
         command += [f"--hardware={machine}"] if machine.exists() else []
     say("peers: benchmarks/executor.py")
+    before = _sizes(work)
     row = _call(command, timeout=budget + _SPARE_S)
     if row.get("exit_code") == 0 and not json.loads(out.read_text())["finished"]:
-        raise OutOfTime
+        if proof.ran or _sizes(work) != before:
+            raise OutOfTime
+        return {"failed": f"nothing of it ends within {budget:.0f} s; run it again with a larger --time-budget"}
     return row
+
+
+def _sizes(folder: Path) -> dict[str, int]:
+    """Files and their sizes: checkpoints, and records to which every run that ends adds a line."""
+    return {str(file): file.stat().st_size for file in folder.rglob("*") if file.is_file()}

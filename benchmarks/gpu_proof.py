@@ -25,13 +25,23 @@ from hrm.catalog import model_config
 from hrm.errors import DoesNotFit, HrmError, InvalidValue
 from hrm.units import format_bytes
 
-__all__ = ["Options", "Proof", "failure_of", "with_layers"]
+__all__ = ["Options", "Proof", "failure_of", "with_layers", "without_result"]
 
 _SIZES: dict[str, int | None] = dict.fromkeys(
     ("layers", "hidden", "intermediate", "heads", "kv_heads", "head_dim", "experts", "top_k", "vocab")
 )
 _HOST_SHARE = 0.72
 """Most of host memory that weights may take; KV caches and the system get the rest."""
+_SAME = {
+    "probe": (),
+    "cases": ("cap",),
+    "run": ("cap", "case"),
+    "exact": ("family", "system", "policy"),
+    "sanitizer": ("tool",),
+    "peers": (),
+    "upper": ("who", "batch_size"),
+}
+"""What two records of a kind share if the later one stands for both."""
 
 
 @dataclass(kw_only=True)
@@ -74,7 +84,7 @@ class Proof:
         self.model = MoEModel.from_config(self.model_config, name=options.model)
         self.records = Records(options.out / "records.jsonl", self._conditions(), keep_s=math.inf)
         self.ran = False
-        """Whether this command has run a case."""
+        """Whether something has ended in this command that the next one need not do again."""
 
     def _conditions(self) -> dict[str, Any]:
         options = self.options
@@ -90,23 +100,55 @@ class Proof:
         """Seconds of this command that are left."""
         return self.options.time_budget - (time.monotonic() - self.options.started)
 
-    def check_time(self, expected: float) -> None:
-        """Raise `OutOfTime` before something that would pass the time budget."""
-        if expected > self.left:
-            raise OutOfTime
-
     def wanted(self, **keys: Any) -> bool:
-        """Whether there is no record with these keys, or one of a failure that is to be tried again."""
-        found = self.records.find(**keys)
-        return found is None or ("failed" in found and self.options.retry)
+        """Whether there is no record with these keys, or one that is to be made again.
 
-    def once(self, run: Callable[[], dict[str, Any]], **keys: Any) -> dict[str, Any]:
-        """The record with these keys; made now if there is none. A failure is a record, too."""
+        That is one of a program that was not there, of a case for which a smaller budget was too short and, where it
+        was asked for, of a failure.
+        """
         found = self.records.find(**keys)
-        if found is not None and not self.wanted(**keys):
+        if found is None or "missing" in found:
+            return True
+        if "no_time" in found and self.options.time_budget > found["time_budget"]:
+            return True
+        return self.options.retry and without_result(found) is not None
+
+    def latest(self, kind: str) -> list[dict[str, Any]]:
+        """Records of a kind, each the last of its case, in the order in which cases were first recorded."""
+        rows = [row for row in self.records.rows if row.get("kind") == kind]
+        return list({tuple(row[key] for key in _SAME[kind]): row for row in rows}.values())
+
+    def once(
+        self, run: Callable[[], dict[str, Any]], *, expected: float = 0.0, again: bool = False, **keys: Any
+    ) -> dict[str, Any]:
+        """The record with these keys; made now if there is none. A failure is a record, too.
+
+        Parameters
+        ----------
+        run : callable
+            Makes the record.
+        expected : float
+            Seconds that it is predicted to take, 0 where nobody knows.
+        again : bool
+            Make it now even if there is one.
+        **keys
+            What the record is found by.
+
+        Raises
+        ------
+        OutOfTime
+            If it would pass the time budget, and the next command comes further than this one. A command in which
+            nothing has ended leaves the case out instead: with the same budget the next one would have no more time.
+        """
+        found = self.records.find(**keys)
+        if found is not None and not (again or self.wanted(**keys)):
             return found
-        self.check_time(0.0)
-        self.ran = True
+        left = self.left
+        if expected > left or (left < 0 and self.ran):
+            if self.ran:
+                raise OutOfTime
+            if expected > 0:
+                return self._leave_out(expected, left, keys)
         began = time.perf_counter()
         stops: BaseException | None = None
         try:
@@ -118,13 +160,19 @@ class Proof:
             row = {"failed": failure_of(error)}
             stops = None if isinstance(error, HrmError | torch.cuda.OutOfMemoryError) else error
             say(f"  failed: {row['failed']}")
-        if found is not None:
-            self.records.rows.remove(found)
         about = {"commit": self.options.version, "wall_s": time.perf_counter() - began}
         row = self.records.add(**keys, **about, **row)
+        self.ran = True
         if stops is not None:
             raise stops
         return row
+
+    def _leave_out(self, expected: float, left: float, keys: dict[str, Any]) -> dict[str, Any]:
+        budget = self.options.time_budget
+        why = f"would take {expected:.0f} s, and a command of {budget:.0f} s has {max(0.0, left):.0f} s for it"
+        say(f"  left out: {why}")
+        self.ran = True
+        return self.records.add(**keys, commit=self.options.version, no_time=why, time_budget=budget)
 
     # -- what is needed ----------------------------------------------------------------------------
 
@@ -152,6 +200,7 @@ class Proof:
         machine = self._new_prober().hardware()
         machine.save(path)
         self.records.add(kind="probe", facts=dict(machine.facts), commit=self.options.version)
+        self.ran = True
         return machine
 
     def _new_prober(self) -> Prober:
@@ -196,6 +245,11 @@ def failure_of(error: BaseException) -> str:
     """One line on an exception."""
     lines = str(error).strip().splitlines() or [""]
     return lines[0] if isinstance(error, HrmError) else f"{type(error).__name__}: {lines[0]}"
+
+
+def without_result(row: dict[str, Any]) -> str | None:
+    """Why a record has no result: its program is missing, it was left out, or it failed. None if it has one."""
+    return row.get("missing") or row.get("no_time") or row.get("failed")
 
 
 def _config_of(options: Options) -> dict[str, Any]:

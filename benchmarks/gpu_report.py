@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.gpu_proof import Proof
+from benchmarks.gpu_proof import Proof, without_result
 from experiments.records import say
 from experiments.reproduce.published_rows import system_label, throughput_rows
 from experiments.rooflines import measured_points
@@ -18,10 +19,11 @@ from hrm.errors import InvalidValue
 from hrm.units import format_bandwidth, format_bytes, format_flops
 from simulator import Timeline
 
-__all__ = ["report", "system_ratios"]
+__all__ = ["failures", "report", "system_ratios"]
 
 _PUBLISHED = {"S1": "T4", "S2": "L4"}
 _FILES = ("*.json.gz", "gantt-*.png", "machine.json", "peers.json")
+_OTHERS = ("exact", "sanitizer", "peers", "upper")
 _LARGEST = 8 * 2**20
 """Bytes of a file that is still copied to the results: timelines of long runs stay where they are."""
 
@@ -34,8 +36,8 @@ def report(proof: Proof) -> Path:
     InvalidValue
         If no case has ended yet.
     """
-    records, out = proof.records, proof.options.results
-    runs = [record for record in records.rows if record["kind"] == "run"]
+    out = proof.options.results
+    runs = proof.latest("run")
     rows = [_row(record) for record in runs if "row" in record]
     if not rows:
         raise InvalidValue(f"no case has ended in {str(proof.options.out)!r}; run --part validate first.")
@@ -52,12 +54,13 @@ def report(proof: Proof) -> Path:
             "dtype": proof.model.dtype,
         },
         "ratios": system_ratios(rows),
-        "failed": {f"{r['cap']}, {r['case']}": r["failed"] for r in runs if "failed" in r},
-        "left_out": {r["cap"]: r["left_out"] for r in records.rows if r["kind"] == "cases"},
-        "commits": sorted({str(r["commit"]) for r in records.rows if r.get("commit")}),
+        "failed": {_name(r): r["failed"] for r in (*proof.latest("cases"), *runs) if "failed" in r},
+        "left_out": _left_out(proof),
     }
-    for kind in ("exact", "sanitizer", "peers", "upper"):
-        result[kind] = [record for record in records.rows if record["kind"] == kind]
+    for kind in _OTHERS:
+        result[kind] = proof.latest(kind)
+    made = [record for kind in ("run", *_OTHERS) for record in proof.latest(kind) if without_result(record) is None]
+    result["commits"] = dict(Counter(str(record.get("commit") or "unknown") for record in made))
     for pattern in _FILES:
         for file in proof.options.out.glob(pattern):
             if file.stat().st_size <= _LARGEST:
@@ -73,11 +76,47 @@ def report(proof: Proof) -> Path:
     return out
 
 
+def failures(proof: Proof, parts: Sequence[str], caps: Sequence[str]) -> list[str]:
+    """What failed of these parts and caps, in a few words each: also answers that differ and a program's exit code.
+
+    In the part ``upper`` the largest batches may fail: that is what it finds out.
+    """
+    failed = [
+        _name(row) for row in (*proof.latest("cases"), *proof.latest("run")) if "failed" in row and row["cap"] in caps
+    ]
+    found = {"validate": failed, "exact": [], "sanitizer": [], "peers": []}
+    for row in proof.latest("exact"):
+        if "failed" in row or row["equal"] < row["requests"]:
+            found["exact"].append(f"exact: {row['family']}, {row['system']}, {row['policy']}")
+    for row in (*proof.latest("sanitizer"), *proof.latest("peers")):
+        if "failed" in row or row.get("exit_code"):
+            found[row["kind"]].append(f"{row['kind']}: {row['tool']}" if "tool" in row else row["kind"])
+    return [name for part in parts for name in found.get(part, [])]
+
+
+def _name(record: dict[str, Any]) -> str:
+    """Of a case, or of a cap for which there are none."""
+    return f"{record['cap']}, {record['case']}" if "case" in record else f"cap {record['cap']}"
+
+
+def _left_out(proof: Proof) -> dict[str, dict[str, str]]:
+    """By cap, what was not run and why; what ran before the limits were narrowed has a result all the same."""
+    runs = proof.latest("run")
+    found = {row["cap"]: dict(row.get("left_out", {})) for row in proof.latest("cases")}
+    for row in runs:
+        if "no_time" in row:
+            found.setdefault(row["cap"], {})[row["case"]] = row["no_time"]
+        else:
+            found.get(row["cap"], {}).pop(row["case"], None)
+    return found
+
+
 def _row(record: dict[str, Any]) -> dict[str, Any]:
     """A case's row under a name and a setting that other caps do not have."""
     row, cap = record["row"], record["cap"]
     ffn = {f"ffn_{key}": value for key, value in row["ffn"].items()}
-    return {**row, **ffn, "name": f"{cap}: {row['name']}", "setting": f"{cap}: {row['setting']}"}
+    own = {"name": f"{cap}: {row['name']}", "setting": f"{cap}: {row['setting']}", "commit": record.get("commit")}
+    return {**row, **ffn, **own}
 
 
 def system_ratios(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -175,11 +214,16 @@ def _summary(result: dict[str, Any]) -> Iterator[str]:
     machine, model, best = result["machine"], result["model"], result["machine"]["roofline"]
     yield f"# Predicted and measured: {machine.get('gpu') or 'rehearsal without a GPU'}"
     yield ""
+    commits = result["commits"]
+    if len(commits) > 1:
+        counted = ", ".join(f"{commit} ({count})" for commit, count in commits.items())
+        yield f"**Results of {len(commits)} versions of the code stand side by side here: {counted}.**"
+        yield ""
     yield (
         f"{model['catalog']}, {model['layers']} layers, {model['dtype']}, random weights (near uniform routing), "
         f"{model['parameters'] / 1e9:.1f} B parameters. {machine['cpu']}, {machine['cores']} cores, "
         f"{format_bytes(machine['memory_bytes'])}. Python {machine['python']}, torch {machine['torch']}, transformers "
-        f"{machine['transformers']}, {machine['date']}, commit {', '.join(result['commits']) or 'unknown'}."
+        f"{machine['transformers']}, {machine['date']}, commit {', '.join(commits)}."
     )
     yield ""
     yield (
@@ -192,13 +236,26 @@ def _summary(result: dict[str, Any]) -> Iterator[str]:
     yield ""
     yield (
         f"tokens/s: mean absolute error {result['mean_abs_error']:.1%}, worst {result['worst_abs_error']:.1%} over "
-        f"{len(result['cases'])} cases; {result['ranking']['right']} of {result['ranking']['pairs']} pairs of systems "
-        "that differ by more than 5 % in one setting predicted in the right order."
+        f"{len(result['cases'])} cases; {_undisturbed(result)}. {result['ranking']['right']} of "
+        f"{result['ranking']['pairs']} pairs of systems that differ by more than 5 % in one setting predicted in "
+        "the right order."
     )
     yield ""
     yield from _cases(result["cases"])
     yield from _systems(result["ratios"])
     yield from _rest(result)
+
+
+def _undisturbed(result: dict[str, Any]) -> str:
+    quiet, all_cases = result["undisturbed"], len(result["cases"])
+    if quiet["cases"] == all_cases:
+        return "others disturbed none of them"
+    if not quiet["cases"]:
+        return "others disturbed all of them"
+    return (
+        f"without the {all_cases - quiet['cases']} that others disturbed {quiet['mean_abs_error']:.1%}, worst "
+        f"{quiet['worst_abs_error']:.1%}"
+    )
 
 
 def _cases(rows: Sequence[dict[str, Any]]) -> Iterator[str]:
@@ -214,7 +271,8 @@ def _cases(rows: Sequence[dict[str, Any]]) -> Iterator[str]:
         sizes = (row["batch_size"], row["micro_batch_size"], f"{row['weights_on_gpu']:.2f}", prompts, row["gen_len"])
         speeds = (f"{row['predicted_tok_s']:.1f}", f"{row['measured_tok_s']:.1f}", f"{row['error']:+.1%}")
         shares = (_share(row["h2d_busy_in_decode"]), _share(row["share_of_bound"]), near, _share(row["peak_of_cap"]))
-        lines.append((row["name"], row["system"], *sizes, *speeds, *shares))
+        name = row["name"] + (" (disturbed)" if row["disturbed"] else "")
+        lines.append((name, row["system"], *sizes, *speeds, *shares))
     yield from _table(head, lines)
     yield "Where the time of a decode step went:"
     yield ""
@@ -252,18 +310,18 @@ def _rest(result: dict[str, Any]) -> Iterator[str]:
                 r["family"],
                 r["system"],
                 r["policy"],
-                r.get("failed") or f"{r['equal']} of {r['requests']}" + (" DIFFER" * (r["equal"] < r["requests"])),
+                without_result(r) or f"{r['equal']} of {r['requests']}" + (" DIFFER" * (r["equal"] < r["requests"])),
             )
             for r in result["exact"]
         ]
         yield from _table(("family", "system", "policy", "equal answers"), lines)
     for r in result["sanitizer"]:
-        ended = r.get("missing") or r.get("failed") or f"exit code {r['exit_code']}: {r['last_lines'][-1:]}"
+        ended = without_result(r) or f"exit code {r['exit_code']}: {r['last_lines'][-1:]}"
         yield f"compute-sanitizer, {r['tool']}: {ended}"
         yield ""
     yield from _upper(result["upper"], result["model"]["layers"])
     for r in result["peers"]:
-        ended = r.get("missing") or r.get("failed") or f"exit code {r['exit_code']}; its table is in peers.json"
+        ended = without_result(r) or f"exit code {r['exit_code']}; its table is in peers.json"
         yield f"Beside Hugging Face Accelerate (`benchmarks/executor.py`): {ended}"
         yield ""
     for what in ("failed", "left_out"):

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from functools import partial
 from typing import Any
 
-from benchmarks.gpu_cases import Cap, Chosen, Limits, choose
+from benchmarks.gpu_cases import Cap, Chosen, Limits, check_cap, choose, holds_a_request
 from benchmarks.gpu_proof import Proof
 from executor.probe import Passes
 from experiments.records import say
@@ -36,22 +37,35 @@ def validate(proof: Proof, cap: Cap) -> None:
         When the next case would pass the time budget.
     """
     chosen = _chosen(proof, cap)
+    if chosen is None:
+        return
     for number, (case, seconds) in enumerate(zip(chosen.cases, chosen.seconds, strict=True), start=1):
         keys = {"kind": "run", "cap": cap.name, "case": case.name}
         if proof.wanted(**keys):
             _ = proof.prober, proof.weights  # whose making is no part of the prediction
-            proof.check_time(seconds)
             say(f"{cap.name}, case {number}/{len(chosen.cases)}: {case.name} ({case.system}, {case.policy})")
-        proof.once(partial(_run, proof, cap, case), **keys)
+        proof.once(partial(_run, proof, cap, case), expected=seconds, **keys)
 
 
-def _chosen(proof: Proof, cap: Cap) -> Chosen:
-    """The cap's cases: chosen once, so that a later command has the same ones."""
-    known = proof.records.find(kind="cases", cap=cap.name)
-    if known is not None:
-        return Chosen.from_dict(known)
+def _chosen(proof: Proof, cap: Cap) -> Chosen | None:
+    """The cap's cases: chosen once for the same limits, so that a later command has the same ones; None if no policy
+    fits the cap, which is recorded and does not keep other caps from being measured."""
+    keys = {"kind": "cases", "cap": cap.name}
+    limits = _limits(proof)
+    known = proof.records.find(**keys)
+    again = known is not None and known.get("limits") != asdict(limits)
+    if (again or proof.wanted(**keys)) and holds_a_request(proof.model, cap):
+        _ = proof.machine  # here, because a probe that breaks says nothing about the cap
+    row = proof.once(partial(_choose, proof, cap, limits), again=again, **keys, limits=asdict(limits))
+    if "failed" in row:
+        say(f"{cap.name}: {row['failed']}")
+        return None
+    return Chosen.from_dict(row)
+
+
+def _limits(proof: Proof) -> Limits:
     options = proof.options
-    limits = Limits(
+    return Limits(
         gen_len=options.gen_len,
         long_gen_len=options.long_gen_len,
         held=proof.checkpoint.size_bytes,
@@ -60,11 +74,14 @@ def _chosen(proof: Proof, cap: Cap) -> Chosen:
         all_s=options.seconds_per_cap,
         overhead_s=_OVERHEAD_CUDA_S if options.cuda else 0.0,
     )
-    chosen = choose(proof.model, proof.machine, cap, options.link_bandwidth, limits)
+
+
+def _choose(proof: Proof, cap: Cap, limits: Limits) -> dict[str, Any]:
+    check_cap(proof.model, cap)
+    chosen = choose(proof.model, proof.machine, cap, proof.options.link_bandwidth, limits)
     for name, why in chosen.left_out.items():
         say(f"{cap.name}: {name} is left out: {why}")
-    proof.records.add(kind="cases", cap=cap.name, **chosen.to_dict())
-    return chosen
+    return chosen.to_dict()
 
 
 def _run(proof: Proof, cap: Cap, case: Case) -> dict[str, Any]:

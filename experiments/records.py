@@ -53,8 +53,9 @@ class Records:
         return found
 
     def find(self, **keys: Any) -> dict[str, Any] | None:
-        """The row with these entries."""
-        return next((row for row in self.rows if all(row.get(key) == value for key, value in keys.items())), None)
+        """The row with these entries; of several the last one, which was made because the others did not do."""
+        rows = reversed(self.rows)
+        return next((row for row in rows if all(row.get(key) == value for key, value in keys.items())), None)
 
     def add(self, **row: Any) -> dict[str, Any]:
         """Keep a row, on disk before this returns."""

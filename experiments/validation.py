@@ -63,7 +63,7 @@ def run_validation(
         As for `executor.generate`; the planned case obeys them, other cases state their own link.
     out : Path, optional
         Folder for tables, timelines, traces and pictures; "out" by default. A run that was killed goes on
-        there after the last case that it had finished.
+        there after the last case that it had finished, with the same version of the code.
     rounds : int
         How often every case runs, in turn with the others of its setting; the run of median throughput counts.
     as_json : bool
@@ -80,7 +80,7 @@ def run_validation(
 
     if rounds < 1:
         raise InvalidValue(f"'rounds' must be >= 1: {rounds}")
-    started = time.monotonic()
+    started, version = time.monotonic(), commit()
     out = out or Path("out")
     out.mkdir(parents=True, exist_ok=True)
     target = pick_device(device)
@@ -100,7 +100,8 @@ def run_validation(
     if quick:
         cases = [case for case in cases if case.name in QUICK]
     partial = out / "cases.partial.jsonl"
-    kept = Records(partial, _conditions(checkpoint, device_memory, pace, machine) | {"rounds": str(rounds)})
+    own = {"rounds": str(rounds), "commit": str(version)}
+    kept = Records(partial, _conditions(checkpoint, device_memory, pace, machine) | own)
     patience = _PATIENCE_QUICK if quick else _PATIENCE
     deadline = started + _RETRY_QUICK_S if quick else math.inf
     # Of several rounds every one has probes around it.
@@ -128,7 +129,7 @@ def run_validation(
         "machine": {**machine.facts, "roofline": roofs(machine)},
         "plan": chosen.to_dict(),
         "command": "hrm " + shlex.join(sys.argv[1:]),
-        "commit": commit(),
+        "commit": version,
         "files": sorted(str(p) for p in out.glob("*.*") if p.suffix in (".json", ".png", ".csv")),
     }
     write(result, out)

@@ -5,8 +5,10 @@ from __future__ import annotations
 import csv
 import importlib.util
 import json
+import shutil
 import subprocess
 import sys
+import time
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
@@ -16,8 +18,11 @@ import pytest
 
 pytest.importorskip("torch")
 
+import torch
+
 from benchmarks import gpu, gpu_outside, gpu_validate
 from benchmarks.gpu_cases import Cap, Chosen, Limits, choose, planning_machine
+from benchmarks.gpu_proof import Proof
 from benchmarks.gpu_report import system_ratios
 from benchmarks.gpu_upper import layers_on_device
 from executor import bench as bench_module
@@ -73,8 +78,8 @@ def proof(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[str]]:
         with (out / "records.jsonl").open("a") as stream:
             stream.write('{"kind": "run", "cap"')  # as a kill leaves a line
         patch.setattr(gpu_validate, "_run", noting)
-        assert gpu.main(_command(out, "--part=validate"))
-        assert gpu.main(_command(out, "--part=upper"))
+        assert gpu.main(_command(out, "--part=validate")) == 0
+        assert gpu.main(_command(out, "--part=upper")) == 0
     return out, ran
 
 
@@ -82,7 +87,7 @@ def test_a_rehearsal_goes_on_after_a_kill_and_reports(proof: tuple[Path, list[st
     """No case is run twice; every one is predicted, and within the cap."""
     out, ran = proof
     assert len(ran) == len(set(ran)) and ran[0] == "planned"
-    assert gpu.main(_command(out, "--part=validate", "--part=report"))
+    assert gpu.main(_command(out, "--part=validate", "--part=report")) == 0
     results = out / "results"
     found = json.loads((results / "validation.json").read_text())
     assert [row["name"] for row in found["cases"]] == [f"{_CAP}: {name}" for name in ran]
@@ -118,20 +123,103 @@ def test_a_command_stops_before_its_time_is_up(
     proof: tuple[Path, list[str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """What has ended is not run again, and nothing begins that would take too long."""
-    out, _ = proof
+    out = _copy(proof[0], tmp_path)
     monkeypatch.setattr(gpu_validate, "_run", lambda *_: pytest.fail("ran again"))
-    assert gpu.main(_command(out, "--part=validate"))
-    monkeypatch.setattr(gpu_validate, "_chosen", lambda *_: Chosen.from_dict(_slow(out)))
-    assert not gpu.main(_command(out, "--part=validate"))
+    assert gpu.main(_command(out, "--part=validate")) == 0
+    monkeypatch.setattr(gpu_validate, "_chosen", lambda *_: _chosen_with(out, fast=1.0, slow=1e6))
+    monkeypatch.setattr(Proof, "prober", None)
+    monkeypatch.setattr(Proof, "weights", None)
+    monkeypatch.setattr(gpu_validate, "_run", lambda *_: {"fine": True})
+    assert gpu.main(_command(out, "--part=validate")) == 4
+    assert not _rows(out, case="slow")
 
 
-def _slow(out: Path) -> dict[str, Any]:
-    """The cases that were chosen, the first under another name and slow."""
-    lines = [json.loads(line) for line in (out / "records.jsonl").read_text().splitlines() if '"cases"' in line]
-    chosen: dict[str, Any] = next(line for line in lines if line.get("kind") == "cases")
-    chosen["cases"][0]["name"] = "slow"
-    chosen["seconds"][0] = 1e6
-    return chosen
+def test_what_no_command_has_time_for_is_left_out(
+    proof: tuple[Path, list[str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Repeating a command comes to an end, and a larger budget takes the case up again."""
+    out = _copy(proof[0], tmp_path)
+    monkeypatch.setattr(gpu_validate, "_chosen", lambda *_: _chosen_with(out, slow=1e6, slower=2e6))
+    monkeypatch.setattr(Proof, "prober", None)
+    monkeypatch.setattr(Proof, "weights", None)
+    command = _command(out, "--part=validate")
+    monkeypatch.setattr(gpu_validate, "_run", lambda *_: pytest.fail("has no time"))
+    assert [gpu.main(command) for _ in range(3)] == [4, 0, 0]
+    (row,) = _rows(out, case="slow")
+    assert row["no_time"].startswith("would take 1000000 s, and a command of 3000 s has ")
+    assert gpu.main([*command, "--part=report"]) == 0
+    assert "slower: would take 2000000 s" in (out / "results" / "summary.md").read_text()
+    monkeypatch.setattr(gpu_validate, "_run", lambda *_: {"fine": True})
+    assert gpu.main([*command, "--time-budget=1500000"]) == 4
+    assert _rows(out, case="slow")[-1]["fine"]
+
+
+def test_a_budget_that_start_up_takes_does_not_stop_everything(tmp_path: Path) -> None:
+    """What nobody can predict is begun by a command in which nothing else has ended."""
+    made = gpu._proof(gpu._options(_command(tmp_path)), 0.0)
+    made.options.time_budget = 1.0
+    assert made.once(lambda: {"fine": True}, kind="test", number=1)["fine"]
+    with pytest.raises(OutOfTime):
+        made.once(lambda: {"fine": True}, kind="test", number=2)
+
+
+def test_other_limits_choose_anew(
+    proof: tuple[Path, list[str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A case that was left out for a limit is taken up when the limit is lifted, the others keep their results."""
+    out = _copy(proof[0], tmp_path)
+    took = _rows(out, kind="cases")[-1]["seconds"]
+    ran: list[str] = []
+    monkeypatch.setattr(gpu_validate, "_run", lambda proof, cap, case: ran.append(case.name) or {"fine": True})
+    made = gpu._proof(gpu._options(_command(out)), 0)
+    made.options.seconds_per_cap = 0.6 * sum(took)
+    few = gpu_validate._chosen(made, Cap.parse(_CAP))
+    assert few is not None and few.left_out and len(few.cases) < len(took)
+    all_again = gpu_validate._chosen(gpu._proof(gpu._options(_command(out)), 0), Cap.parse(_CAP))
+    assert all_again is not None and len(all_again.cases) == len(took) and len(_rows(out, kind="cases")) == 3
+    assert gpu.main(_command(out, "--part=validate")) == 0 and not ran
+
+
+def test_a_report_names_several_versions_and_what_was_disturbed(proof: tuple[Path, list[str]], tmp_path: Path) -> None:
+    """Results of another commit count, under its name; the error without disturbed cases stands beside the other."""
+    out = _copy(proof[0], tmp_path)
+    lines = [json.loads(line) for line in (out / "records.jsonl").read_text().splitlines() if '"row"' in line]
+    for line, disturbed in zip(lines, [True] + [False] * len(lines), strict=False):
+        line["row"]["disturbed"] = disturbed
+    old = lines[0] | {"commit": "0123456789"}
+    with (out / "records.jsonl").open("a") as stream:
+        stream.writelines(json.dumps(line) + "\n" for line in [old, *lines[1:]])
+    assert gpu.main(_command(out, "--part=report")) == 0
+    found = json.loads((out / "results" / "validation.json").read_text())
+    assert len(found["cases"]) == len(lines) and found["commits"]["0123456789"] == 1
+    assert found["cases"][0]["commit"] == "0123456789"
+    text = (out / "results" / "summary.md").read_text()
+    assert "**Results of 2 versions of the code" in text.partition("Probe:")[0]
+    quiet = found["undisturbed"]["mean_abs_error"]
+    assert f"without the 1 that others disturbed {quiet:.1%}" in text and "planned (disturbed)" in text
+
+
+def _copy(out: Path, folder: Path) -> Path:
+    """A folder of records that a test may add to."""
+    return Path(shutil.copytree(out, folder / "copy"))
+
+
+def _rows(out: Path, **keys: Any) -> list[dict[str, Any]]:
+    """Rows on disk with these entries."""
+    found = []
+    for line in (out / "records.jsonl").read_text().splitlines():
+        try:
+            found.append(json.loads(line))
+        except json.JSONDecodeError:
+            continue  # the line that a kill cut short
+    return [row for row in found if all(row.get(key) == value for key, value in keys.items())]
+
+
+def _chosen_with(out: Path, **seconds: float) -> Chosen:
+    """The first case that was chosen, under these names and so long."""
+    case = Chosen.from_dict(_rows(out, kind="cases")[0]).cases[0]
+    cases = tuple(replace(case, name=name) for name in seconds)
+    return Chosen(cases=cases, seconds=tuple(seconds.values()), left_out={})
 
 
 def test_a_failure_is_a_result(proof: tuple[Path, list[str]], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -151,12 +239,22 @@ def test_a_failure_is_a_result(proof: tuple[Path, list[str]], monkeypatch: pytes
     assert made.once(breaks, kind="test", number=2)["failed"] == "RuntimeError: CUDA error: something"
     made.options.retry = True
     assert made.once(lambda: {"fine": True}, kind="test", number=2)["fine"]
+    again = gpu._proof(gpu._options(_command(proof[0])), 0.0)
+    again.options.time_budget = float("inf")
+    assert again.once(breaks, kind="test", number=2)["fine"]
+    assert "failed" in again.once(breaks, kind="test", number=1)
+    again.records.add(kind="upper", who="executor", batch_size=7, failed="too large.")
+    again.records.add(kind="upper", who="executor", batch_size=7, decode_tok_s=1.0)
+    third = gpu._proof(gpu._options(_command(proof[0])), 0.0)
+    assert [row["decode_tok_s"] for row in third.latest("upper") if row["batch_size"] == 7] == [1.0]
     made.options.time_budget = 0.0
     with pytest.raises(OutOfTime):
         made.once(lambda: {}, kind="test", number=3)
 
 
-def test_exact_compares_families_under_systems(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_exact_compares_families_under_systems(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     """A plain family and one with latent attention answer as transformers does; the table says so."""
     from benchmarks import gpu_exact
 
@@ -165,23 +263,80 @@ def test_exact_compares_families_under_systems(tmp_path: Path, monkeypatch: pyte
     monkeypatch.setattr(gpu_exact, "_policies", lambda *args: dict(list(policies(*args).items())[-2:]))
     monkeypatch.setattr(gpu_exact, "_GEN_LEN", 4)
     out = tmp_path / "out"
-    assert gpu.main(_command(out, "--part=exact"))
+    assert gpu.main(_command(out, "--part=exact")) == 0
     rows = [json.loads(line) for line in (out / "records.jsonl").read_text().splitlines()]
     assert {row["family"] for row in rows} == {"mixtral", "deepseek-v2"} and len(rows) == 8
     assert all(row["equal"] == row["requests"] == 6 for row in rows)
+    made = gpu._proof(gpu._options(_command(out)), 0.0)
+    made.records.add(**rows[0] | {"equal": 5})
+    capsys.readouterr()
+    assert gpu.main(_command(out, "--part=exact")) == 5
+    assert capsys.readouterr().err.splitlines()[-1] == "failed: exact: mixtral, moe-lightning, " + rows[0]["policy"]
 
 
-def test_programs_that_are_not_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Neither the sanitizer nor Accelerate is needed: one record each says that it is missing."""
+def test_programs_that_are_not_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Neither the sanitizer nor Accelerate is needed: a record says that it is missing, until it is there."""
     monkeypatch.setattr(gpu_outside, "find_sanitizer", lambda: None)
     monkeypatch.setattr(importlib.util, "find_spec", lambda _: None)
-    assert gpu.main(_command(tmp_path, "--part=sanitizer", "--part=peers"))
+    assert gpu.main(_command(tmp_path, "--part=sanitizer", "--part=peers")) == 0
     rows = [json.loads(line) for line in (tmp_path / "records.jsonl").read_text().splitlines()]
     assert [row["missing"] for row in rows] == [
         "compute-sanitizer was not found",
         "compute-sanitizer was not found",
         "accelerate is not installed; its runs are left out",
     ]
+    assert gpu.main(_command(tmp_path, "--part=sanitizer", "--part=peers")) == 0
+    assert len(_rows(tmp_path)) == 3
+    monkeypatch.setattr(gpu_outside, "find_sanitizer", lambda: "tool")
+    monkeypatch.setattr(importlib.util, "find_spec", lambda _: "there")
+    codes = {"memcheck": 0, "racecheck": 9}
+    monkeypatch.setattr(gpu_outside, "_sanitize", lambda _proof, _tool, name: {"exit_code": codes[name]})
+    monkeypatch.setattr(gpu_outside, "_benchmark", lambda _: {"exit_code": 0})
+    assert gpu.main(_command(tmp_path, "--part=sanitizer", "--part=peers")) == 5
+    assert [row["exit_code"] for row in _rows(tmp_path)[3:]] == [0, 9, 0]
+    assert capsys.readouterr().err.splitlines()[-1] == "failed: sanitizer: racecheck"
+    monkeypatch.setattr(gpu_outside, "find_sanitizer", lambda: None)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda _: None)
+    assert gpu.main(_command(tmp_path, "--part=sanitizer", "--part=peers")) == 5
+
+
+def test_a_program_that_takes_too_long_is_ended_with_its_children(tmp_path: Path) -> None:
+    """A shell's child holds no file, no memory and no device afterwards."""
+    noted = tmp_path / "child"
+    row = gpu_outside._call(["sh", "-c", f"sleep 60 & echo $! > {noted}; wait"], timeout=1.0)
+    assert row == {"failed": "was not done after 1 s"}
+    state = Path("/proc") / noted.read_text().strip() / "stat"
+    for _ in range(100):
+        try:
+            if state.read_text().rpartition(")")[2].split()[0] == "Z":
+                break  # killed; whoever inherits it has not read that yet
+        except OSError:
+            break
+        time.sleep(0.05)
+    else:
+        pytest.fail("the child still runs")
+
+
+def test_a_benchmark_that_comes_no_further_is_not_begun_for_ever(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The command is repeated while the benchmark adds to its files, and no longer."""
+    made = gpu._proof(gpu._options(_command(tmp_path)), 0.0)
+    made.options.time_budget = float("inf")
+    work = tmp_path / "peers"
+    work.mkdir()
+
+    def further(*_: Any, **__: Any) -> dict[str, Any]:
+        (work / "runs.jsonl").write_text("{}\n")
+        (tmp_path / "peers.json").write_text('{"finished": false}')
+        return {"exit_code": 0}
+
+    monkeypatch.setattr(gpu_outside, "_call", further)
+    with pytest.raises(OutOfTime):
+        gpu_outside._benchmark(made)
+    assert gpu_outside._benchmark(made)["failed"].startswith("nothing of it ends within")
 
 
 def test_the_sanitizer_runs_a_short_job(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -191,7 +346,7 @@ def test_the_sanitizer_runs_a_short_job(tmp_path: Path, monkeypatch: pytest.Monk
     tool.chmod(0o755)
     monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
     monkeypatch.setattr(gpu_outside, "_TOOLS", ("memcheck",))
-    assert gpu.main(_command(tmp_path / "out", "--part=sanitizer"))
+    assert gpu.main(_command(tmp_path / "out", "--part=sanitizer")) == 0
     row = json.loads((tmp_path / "out" / "records.jsonl").read_text())
     assert row["exit_code"] == 0 and row["last_lines"][-1] == "ERROR SUMMARY: 0 errors"
 
@@ -211,6 +366,50 @@ def test_bad_input_is_one_line(tmp_path: Path, arguments: list[str], message: st
     with pytest.raises(HrmError, match=message) as error:
         gpu.main(_command(tmp_path, *arguments))
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("argument", "message"),
+    [
+        ("--batch-sizes=0,-3", "'0,-3' is no list of batch sizes"),
+        ("--batch-sizes=abc", "write e.g. '1,8,32'"),
+        ("--batch-sizes=4,", "write e.g. '1,8,32'"),
+        ("--link-bandwidth=nope", "'nope'"),
+    ],
+)
+def test_bad_options_are_refused_with_an_example(
+    argument: str, message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """By the parser, before anything is measured."""
+    with pytest.raises(SystemExit) as ended:
+        gpu.main(_command(tmp_path, argument))
+    assert ended.value.code == 2
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert message in last and argument.partition("=")[0] in last
+
+
+def test_without_a_gpu_nothing_large_begins(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A rehearsal is asked for."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(InvalidValue, match="there is no GPU here; --device cpu with a small --model"):
+        gpu.main([f"--out={tmp_path / 'out'}"])
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_cap_that_holds_nothing_stops_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """It is refused before anything is probed, and the next cap and part have their turn."""
+    monkeypatch.setattr(Proof, "machine", property(lambda _: pytest.fail("probed")))
+    upper: list[Any] = []
+    monkeypatch.setattr(gpu, "upper", upper.append)
+    command = _command(tmp_path, "--cap=1KiB", "--part=validate", "--part=upper")
+    command.remove(f"--cap={_CAP}")
+    command.append("--cap=2KiB")
+    assert gpu.main(command) == 5 and len(upper) == 1
+    failed = [row["failed"] for row in _rows(tmp_path, kind="cases")]
+    assert len(failed) == 2 and failed[0].startswith("a single request of mixtral-tiny")
+    assert capsys.readouterr().err.splitlines()[-1] == "failed: cap 1KiB; cap 2KiB"
 
 
 def test_the_command_line_says_it_in_one_line(tmp_path: Path) -> None:

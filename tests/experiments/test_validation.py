@@ -16,6 +16,7 @@ from executor import bench as bench_module
 from executor import probe as probe_module
 from executor.checkpoint import make_checkpoint
 from experiments import validation, validation_runs
+from experiments.records import Records
 from experiments.validation_cases import Case
 from experiments.validation_runs import Run, Runs
 from hrm.catalog import model_config
@@ -41,6 +42,7 @@ def test_quick_validation_and_going_on_after_a_kill(
     out = tmp_path / "out"
     tried: list[str] = []
     run_case = Runs.measure
+    monkeypatch.setattr(validation, "commit", lambda: "this")
 
     def dying(self: Runs, case: Case, **options: Any) -> Run:
         if tried:
@@ -52,6 +54,10 @@ def test_quick_validation_and_going_on_after_a_kill(
     with pytest.raises(KeyboardInterrupt):
         validation.run_validation(checkpoint=checkpoint, quick=True, device="cpu", out=out)
     assert tried == ["planned"] and not (out / "validation.json").exists()
+    (line,) = (out / "cases.partial.jsonl").read_text().splitlines()
+    conditions = json.loads(line)["conditions"]
+    assert conditions["commit"] == "this"  # of another one the row would not count:
+    assert not Records(out / "cases.partial.jsonl", conditions | {"commit": "another"}).rows
 
     def noting(self: Runs, case: Case, **options: Any) -> Run:
         tried.append(case.name)
@@ -59,7 +65,7 @@ def test_quick_validation_and_going_on_after_a_kill(
 
     monkeypatch.setattr(Runs, "measure", noting)
     result = validation.run_validation(checkpoint=checkpoint, quick=True, device="cpu", out=out)
-    assert tried == ["planned", "slow link", "streaming"]
+    assert tried == ["planned", "slow link", "streaming"] and result["commit"] == "this"
     assert not (out / "cases.partial.jsonl").exists()
     for row in result["cases"]:
         assert row["error"] == pytest.approx(row["predicted_tok_s"] / row["measured_tok_s"] - 1)
