@@ -360,9 +360,19 @@ def test_folders_that_cannot_be_written_are_refused_first(tmp_path: Path) -> Non
 
 
 @pytest.mark.parametrize("option", ["--trace", "--timeline", "--gantt"])
-def test_output_paths_are_checked_first(refused: Any, tmp_path: Path, option: str) -> None:
-    """A folder that is not there is an error before anything is computed."""
-    assert "does not exist" in refused("simulate", *TINY, option, tmp_path / "none" / "x.png")
+def test_output_paths_are_checked_first(hrm: Any, refused: Any, tmp_path: Path, option: str) -> None:
+    """A folder that is not there is made; one that cannot be is an error before anything is computed."""
+    assert hrm("simulate", *TINY, *GIVEN, option, tmp_path / "new" / "deep" / "x.png").code == 0
+    assert (tmp_path / "new" / "deep" / "x.png").stat().st_size > 0
+    (tmp_path / "file").touch()
+    assert "cannot make the folder" in refused("simulate", *TINY, option, tmp_path / "file" / "deep" / "x.png")
+
+
+def test_a_sweep_makes_its_folder(hrm: Any, tmp_path: Path) -> None:
+    """As every command that writes a file."""
+    rows = tmp_path / "new" / "rows.jsonl"
+    assert hrm("sweep", *TINY, "--jobs", 1, "--out", rows).code == 0
+    assert len(rows.read_text().splitlines()) == 1
 
 
 def test_compare_sets_a_timeline_beside_itself(hrm: Any, hrm_json: Any, tmp_path: Path) -> None:
