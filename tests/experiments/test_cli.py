@@ -476,8 +476,11 @@ def test_probe_writes_what_plan_reads(hrm: Any, hrm_json: Any, tmp_path: Path, m
     assert hrm_json("plan", *L4[:2], "--hardware", file, *L4[4:])["efficiency"] == "measured"
 
 
-def test_validate_hands_its_options_on(hrm: Any, hrm_json: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The validation gets the options in SI units, and its result is printed either way."""
+def test_validate_hands_its_options_on(
+    hrm: Any, hrm_json: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The validation gets the options in SI units; its result is printed and its table left, either way."""
+    monkeypatch.chdir(tmp_path)
     seen: dict[str, Any] = {}
 
     def run_validation(**options: Any) -> dict[str, Any]:
@@ -499,6 +502,7 @@ def test_validate_hands_its_options_on(hrm: Any, hrm_json: Any, monkeypatch: pyt
     }
     assert hrm("validate", "--link-bandwidth", "none").out == "a table\n"
     assert seen["link_bandwidth"] is None
+    assert [(tmp_path / folder / "table.txt").read_text() for folder in ("here", "out")] == ["a table\n"] * 2
 
 
 def test_exit_codes_are_the_errors_own() -> None:
