@@ -82,7 +82,6 @@ def test_bytes_are_the_misses_of_the_active_experts(qwen: MoEModel, machine: Har
     batch = BatchShape.uniform(4, 4, 16, 3)
     schedule = build_schedule(qwen.num_layers, policy, gen_len=3, weight_pieces=qwen.num_experts)
     caching = ExpertCaching(slots=32)
-
     costs = Costing(schedule, qwen, machine.rates(), batch, weights_on_gpu=0.0, caching=caching).at()
     loads = schedule.mask(Op.LOAD_E) & (schedule.step == 1)
     ffn = qwen.main_layer.ffn
