@@ -396,7 +396,7 @@ class Bench:
             cpu_weight_bandwidth=self._host_weight_bandwidth(spent) if self.cuda else bandwidth,
             gpu_launch_s=launch,
             # On a GPU the calls were timed with all that they launch.
-            gpu_attention_s=0.0 if self.cuda else per_call + crowd.task_s,
+            gpu_attention_s=0.0 if self.cuda else per_call,
             cpu_attention=attention,
             cpu_attention_flops=host_flops,
             cpu_task_s=per_call,

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
-from executor.lanes import lane_threads, run_lanes, settle
+from executor.lanes import Failure, lane_threads, run_lanes, settle
 from hrm.hardware import Curve
 from simulator.schedules import cgopipe
 from simulator.task import Lane, Op
@@ -131,11 +131,19 @@ def _done(rates: list[float], alone: list[float]) -> float:
 
 
 def together(calls: dict[Lane, Call], seconds: float, *, cuda: bool) -> list[float]:
-    """Calls per second of each when all run at once for so many seconds, every one as its lane would run it."""
+    """Calls per second of each when all run at once for so many seconds, every one as its lane would run it.
+
+    Raises
+    ------
+    Exception
+        The first exception of any call, after all have stopped.
+    """
     counts, spent = [0] * len(calls), [1.0] * len(calls)
     threads = lane_threads(cuda=cuda)
     stop = threading.Event()
     gate = threading.Barrier(len(calls) + 1)
+
+    failure = Failure()
 
     def loop(index: int, lane: Lane, call: Call) -> None:
         settle(lane, cuda=cuda)
@@ -149,12 +157,28 @@ def together(calls: dict[Lane, Call], seconds: float, *, cuda: bool) -> list[flo
                 counts[index] += 1
             spent[index] = time.perf_counter() - begin
 
-    workers = [threading.Thread(target=loop, args=(i, *item)) for i, item in enumerate(calls.items())]
+    def work(index: int, lane: Lane, call: Call) -> None:
+        try:
+            loop(index, lane, call)
+        except BaseException as error:
+            failure.set(error)
+            gate.abort()
+            stop.set()
+
+    workers = [threading.Thread(target=work, args=(i, *item)) for i, item in enumerate(calls.items())]
     for worker in workers:
         worker.start()
-    gate.wait()
-    time.sleep(seconds)
+    try:
+        gate.wait()
+        stop.wait(seconds)
+    except threading.BrokenBarrierError:
+        pass
+    except BaseException as error:  # Ctrl-C: stop the calls before leaving
+        failure.set(error)
+        gate.abort()
     stop.set()
     for worker in workers:
         worker.join()
+    if failure.error is not None:
+        raise failure.error
     return [count / each for count, each in zip(counts, spent, strict=True)]

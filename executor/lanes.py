@@ -23,7 +23,7 @@ from executor.machine import core_count
 from hrm.errors import InvalidValue
 from simulator.task import LANES, OPS, Lane, Op, Schedule
 
-__all__ = ["Handler", "PacedLink", "lane_cores", "lane_threads", "run_lanes", "settle"]
+__all__ = ["Failure", "Handler", "PacedLink", "lane_cores", "lane_threads", "run_lanes", "settle"]
 
 Handler = Callable[[int, int, int, float], None]
 """Runs a task: (step, layer, part, moment at which its dependencies were met)."""
@@ -146,7 +146,7 @@ def _short_turns() -> Iterator[None]:
         sys.setswitchinterval(before)
 
 
-class _Failure:
+class Failure:
     """The first error of any worker; the others stop at their next task."""
 
     def __init__(self) -> None:
@@ -154,6 +154,7 @@ class _Failure:
         self._lock = threading.Lock()
 
     def set(self, error: BaseException) -> None:
+        """Keep an error, unless there is one."""
         with self._lock:
             self.error = self.error or error
 
@@ -200,7 +201,7 @@ def run_lanes(
     signal: dict[int, threading.Event] = {int(i): threading.Event() for i in crossing}
     start, end = [0.0] * n, [0.0] * n
     marks: list[tuple[Any, Any] | None] = [None] * n
-    failure = _Failure()
+    failure = Failure()
     threads_of = lane_threads(cuda=cuda)
     gate = threading.Barrier(sum(1 for lane in LANES if len(schedule.lane_tasks(lane))) + 1)
     streams = _streams(device) if cuda else {}

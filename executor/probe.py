@@ -112,7 +112,8 @@ class Prober:
             self.progress("hand-over between lanes")
             lanes = Contention(self._bench)
             task_s = statistics.median(lanes.hand_over() for _ in range(3))
-            cores = self._quiet(lanes.shared_cores, 3, "all lanes at once")
+            # With a GPU lanes have no cores in common, and nobody would ask.
+            cores = [] if self._bench.cuda else self._quiet(lanes.shared_cores, 3, "all lanes at once")
             both = self._quiet(lanes.processors, 3, "both processors at once")
             self._crowd = crowd_of(task_s, cores, [lanes.memory_traffic() for _ in range(3)], both)
         self._share = load.share

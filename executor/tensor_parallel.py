@@ -220,4 +220,8 @@ def share_of(machine: Hardware, world: int) -> Hardware:
     else:
         raise InvalidValue(f"hardware {machine.name!r} has {machine.num_gpus} GPUs, --tp {world} needs {world}.")
     scaled = machine.scaled(cpu_memory=part, cpu_speed=part, cpu_bandwidth=part, link=part, **shares)
-    return replace(scaled, num_gpus=1)
+    sets, cores = scaled.rate_sets, machine.facts.get("cores")
+    if machine.shared_memory and isinstance(cores, int) and cores < 2 * world:
+        # One core cannot be shared out between the GPU's lane and the host's.
+        sets = {name: replace(rates, gpu_on_own_cores=False, processors=None) for name, rates in sets.items()}
+    return replace(scaled, num_gpus=1, rate_sets=sets)

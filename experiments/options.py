@@ -10,6 +10,7 @@ from typing import Any
 
 import click
 
+from experiments.output import make_folder
 from hrm import Policy
 from hrm.errors import HrmError, InvalidValue
 from hrm.model import DTYPE_BYTES
@@ -111,7 +112,7 @@ class Jobs(click.ParamType):
 
 
 class OutFile(click.ParamType):
-    """A file to be written, refused before anything is computed if it cannot be.
+    """A file to be written, refused before anything is computed if it cannot be; its folder is made.
 
     Parameters
     ----------
@@ -131,8 +132,7 @@ class OutFile(click.ParamType):
             self.fail(f"{str(path)!r} must end in {' or '.join(self.suffixes)}.", param, ctx)
         if path.is_dir():
             self.fail(f"{str(path)!r} is a folder; name a file.", param, ctx)
-        if not path.parent.is_dir():
-            self.fail(f"the folder {str(path.parent)!r} does not exist; make it first.", param, ctx)
+        make_folder(path.parent)
         if path.exists():
             if not os.access(path, os.W_OK):
                 self.fail(f"{str(path)!r} cannot be written; name another file.", param, ctx)
@@ -168,7 +168,8 @@ popularity_option = click.option(
     "--popularity",
     type=click.Path(exists=True, dir_okay=False, path_type=Path),
     metavar="TRACE",
-    help="A routing trace, which shows how popular experts are; the popular ones stay on the GPU.",
+    help="A routing trace, which shows how popular experts are; the popular ones stay on the GPU. Predictions take the "
+    "mean of its layers, however many they are; a run needs the model's own.",
 )
 
 _SWITCH = click.IntRange(0, 1)

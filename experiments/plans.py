@@ -107,7 +107,11 @@ def make_plan(
     caches = chosen is not None and chosen.expert_slots is not None
     for option, value in (("--cache-policy", cache_policy), ("--miss-rate", miss_rate)):
         if value is not None and not may_cache and not caches:
-            raise click.UsageError(f"{option} needs an expert cache: add --expert-slots K and --batch-size N.")
+            may_search = (
+                chosen is None and not simulated and objective != "paper" and places.get("ffn_on_gpu") is not False
+            )
+            other = ", or --max-batch-size N, with which the search looks at one" if may_search else ""
+            raise click.UsageError(f"{option} needs an expert cache: add --expert-slots K and --batch-size N{other}.")
     cache: dict[str, Any] = {"efficiency": efficiency, "cache_policy": cache_policy or DEFAULT_POLICY}
     cache_policy_class(cache["cache_policy"])
     the_model: MoEModel = load_model(model)
@@ -181,7 +185,7 @@ def simulate_plan(found: Plan, system: str, *, mean_output: float | None = None,
 
 
 def with_popularity(model: MoEModel, trace: Path) -> MoEModel:
-    """The model with experts as popular as a routing trace shows them, in every layer alike.
+    """The model with experts as popular as a routing trace shows them, the mean of its layers in every layer.
 
     Raises
     ------
@@ -191,7 +195,12 @@ def with_popularity(model: MoEModel, trace: Path) -> MoEModel:
     from simulator.experts.shares import typical_popularity
     from simulator.experts.trace import RoutingTrace
 
-    return model.with_routing(typical_popularity(RoutingTrace.load(trace)).tolist())
+    found = RoutingTrace.load(trace)
+    if found.num_experts != model.num_experts:
+        raise InvalidValue(
+            f"--popularity: {str(trace)!r} is of {found.num_experts} experts, {model.name} has {model.num_experts}."
+        )
+    return model.with_routing(typical_popularity(found).tolist())
 
 
 def _defaults(traits: System, places: dict[str, Any]) -> dict[str, Any]:

@@ -107,7 +107,7 @@ class Rates:
     cpu_task_s: float = 0.0
     """Seconds that a CPU attention call costs beside its KV traffic."""
     gpu_attention_s: float = 0.0
-    """The same of the GPU, beside launches."""
+    """Seconds that an attention call costs on the GPU beside its KV traffic and its launches."""
     h2d_bandwidth: float
     d2h_bandwidth: float
     transfer_s: float = 0.0

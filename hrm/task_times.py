@@ -162,7 +162,8 @@ class TaskTimes:
         part = sharded(op, self.num_gpus, attention)
         memory = part.kv_bytes / self.rates.gpu_decode_attention.at(op.rows)
         compute = part.flops / self.rates.gpu_attention.peak
-        return self.rates.gpu_attention_s + op.launches * self.rates.gpu_launch_s + np.maximum(memory, compute)
+        overhead = self.rates.task_s + self.rates.gpu_attention_s + op.launches * self.rates.gpu_launch_s
+        return overhead + np.maximum(memory, compute)
 
     def h2d(self, size: Any) -> Any:
         """A transfer of `size` bytes to the GPU."""

@@ -16,8 +16,9 @@ from hrm.pipeline import BatchShape
 from hrm.systems import check_system
 from hrm.task_times import TaskTimes
 from simulator.cache_costs import ExpertCaching, cached_seconds, cached_work
+from simulator.demands import demands_of, op_table
 from simulator.expert_costs import expert_seconds, expert_work, seconds_elsewhere, work_elsewhere
-from simulator.task import OPS, Lane, Op, Schedule
+from simulator.task import Op, Schedule
 
 __all__ = ["PIECES", "WEIGHTS", "Costing", "Costs", "schedule_costs", "task_work"]
 
@@ -43,9 +44,6 @@ class Costs:
 
 _CONTEXTUAL = (Op.CPU_ATTN, Op.GPU_ATTN, Op.LOAD_KV, Op.STAGE_KV)
 """Tasks whose work grows with the context; all others are the same in every decode step."""
-_UP = (Op.LOAD_W, Op.LOAD_H, Op.LOAD_X, Op.LOAD_KV, Op.LOAD_FFN, Op.LOAD_E)
-_DOWN = (Op.OFFLOAD_QKV, Op.OFFLOAD_KV, Op.STORE_X, Op.STORE_KV, Op.OFFLOAD_FFN, Op.OFFLOAD_ROUTES)
-_STAGING = (Op.STAGE_W, Op.STAGE_KV)
 
 
 class _Work:
@@ -424,45 +422,8 @@ class Costing:
         """Add what the tasks `ids` want of shared resources."""
         if not self._contention:
             return Costs(seconds, moved, flops, {}, {})
-        rates, schedule = self._rates, self._schedule
-        ops = schedule.op[ids]
-        copies, staging = _OF_UP[ops] | _OF_DOWN[ops], _OF_STAGING[ops]
-        on_cpu = _OF_CPU[ops]
-        safe = np.where(seconds > 0, seconds, 1.0)
-        dram = moved / safe
-        # A copy by a core reads and writes CPU memory; a transfer by a GPU's copy engine only reads it.
-        copies_by_core = rates.copy_bandwidth is not None
-        dram[copies] *= 2 if copies_by_core else 1
-        dram[staging] *= 2
-        if rates.fetches_pageable:
-            dram[ops == Op.LOAD_E.code] *= 3  # copied to pinned memory, and read there once more
-        if not copies_by_core:
-            dram[~(copies | staging | on_cpu)] = 0.0
-        # One task alone never runs slower than alone, whatever the capacity says.
-        demands = {"dram": np.minimum(dram, rates.dram_bandwidth)}
-        capacities: dict[str, float | Curve] = {"dram": rates.dram_bandwidth}
-        if schedule.num_stages > 1:
-            # Stages have lanes of their own, on one host with one link.
-            for name, mask, limit in (
-                ("link up", _OF_UP[ops], rates.h2d_bandwidth),
-                ("link down", _OF_DOWN[ops], rates.d2h_bandwidth),
-                ("staging", staging, rates.staging_bandwidth),
-            ):
-                demands[name] = np.where(mask, np.minimum(moved / safe, limit), 0.0)
-                capacities[name] = limit
-        if rates.cores is not None:
-            cores = np.ones(len(ids))
-            for mask, pace in ((_OF_UP[ops], rates.h2d_bandwidth), (_OF_DOWN[ops], rates.d2h_bandwidth)):
-                # A core copies all the time but when it is ahead of the pace.
-                waits = moved[mask] * max(0.0, 1 / pace - 1 / (rates.copy_bandwidth or pace))
-                cores[mask] = np.clip(1.0 - waits / safe[mask], 0.0, 1.0)
-            cores[ops == Op.BARRIER.code] = 0.0
-            if rates.processors is not None:
-                demands["processors"], capacities["processors"] = cores.copy(), rates.processors
-            if rates.gpu_on_own_cores:
-                cores[_OF_GPU[ops]] = 0.0
-            demands["cores"], capacities["cores"] = cores, rates.cores
-        return Costs(seconds, moved, flops, demands, capacities)
+        shared = demands_of(self._schedule, self._rates, ids, seconds, moved)
+        return Costs(seconds, moved, flops, *shared)
 
 
 def schedule_costs(
@@ -490,18 +451,11 @@ def schedule_costs(
     return costing.at()
 
 
-def _table(ops: tuple[Op, ...]) -> np.ndarray:
-    return np.array([op in ops for op in OPS])
-
-
-_OF_UP, _OF_DOWN, _OF_STAGING = _table(_UP), _table(_DOWN), _table(_STAGING)
-_OF_GPU = _table(tuple(op for op in OPS if op.lane is Lane.GPU))
-_OF_CPU = _table((Op.CPU_ATTN, Op.CPU_FFN))
-WEIGHTS = _table((Op.LOAD_W, Op.STAGE_W))
+WEIGHTS = op_table((Op.LOAD_W, Op.STAGE_W))
 """Which task classes move weights, by code."""
-PIECES = _table((Op.LOAD_E, Op.EXPERTS))
+PIECES = op_table((Op.LOAD_E, Op.EXPERTS))
 """Which task classes work on pieces of a micro-batch's experts, by code."""
 
 
 def _any(schedule: Schedule, ops: tuple[Op, ...]) -> np.ndarray:
-    return _table(ops)[schedule.op]
+    return op_table(ops)[schedule.op]

@@ -20,6 +20,8 @@ AFTER_LAST = "after its last task"
 _BUSY, _SLOWER, _WAIT = "busy as predicted", "slower than predicted", "waited for"
 _SMALL = 0.01
 """Waits below this share of the time are one item of the sentence."""
+_ROUNDING = 1e-12
+"""A task that is off by no more than this share of the run is as predicted: differences of times are rounded."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -173,6 +175,7 @@ def account(predicted: Timeline, measured: Timeline, *, window: str = "steady", 
     instant = (measured.start[tasks] >= first) & (measured.start[tasks] < last)
     share = np.where(whole > 0, inside / np.where(whole > 0, whole, 1.0), instant)
     as_predicted = share * (predicted.end[tasks] - predicted.start[tasks])
+    as_predicted = np.where(np.abs(inside - as_predicted) <= _ROUNDING * measured.makespan, inside, as_predicted)
     codes = schedule.op[tasks]
     theirs = {(_BUSY, op): seconds for op, seconds in _by_class(codes, as_predicted).items()}
     theirs |= {(_SLOWER, op): seconds for op, seconds in _by_class(codes, inside - as_predicted).items()}

@@ -204,14 +204,14 @@ class Timeline:
 
     @classmethod
     def load(cls, path: str | Path) -> Timeline:
-        """Read a timeline that `save` wrote; raises `InvalidSchedule` on anything else."""
+        """Read a timeline that `save` wrote; raises `InvalidSchedule`, which names the file, on anything else."""
         try:
             raw = Path(path).read_bytes()
             data = json.loads(gzip.decompress(raw) if Path(path).suffix == ".gz" else raw)
         except (OSError, EOFError, zlib.error) as error:
             reason = getattr(error, "strerror", None) or error
             raise InvalidSchedule(f"cannot read timeline {str(path)!r}: {reason}.") from None
-        except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
             raise InvalidSchedule(f"timeline {str(path)!r} is not JSON: {error}.") from None
         if not isinstance(data, dict) or data.get("format") != _FORMAT:
             raise InvalidSchedule(f"{str(path)!r} is not a timeline file (format {_FORMAT!r}).")
@@ -219,13 +219,22 @@ class Timeline:
             schedule = Schedule.from_text("\n".join(data["schedule"]))
             arrays = {key: np.array(data[key], dtype=float) for key in ("start", "end", "bytes", "flops")}
             source, facts = str(data["source"]), dict(data["facts"])
+        except InvalidSchedule as error:
+            raise InvalidSchedule(f"timeline {str(path)!r}: {error}") from None
         except (KeyError, TypeError, ValueError) as error:
-            if isinstance(error, InvalidSchedule):
-                raise
             raise InvalidSchedule(f"timeline {str(path)!r} is damaged: {error!r}.") from None
         for key, array in arrays.items():
             if array.shape != (len(schedule),):
                 raise InvalidSchedule(f"timeline {str(path)!r}: {key!r} has not one value per task.")
+        finite = {f"{key!r} is not a finite number": ~np.isfinite(array) for key, array in arrays.items()}
+        wrong = finite | {
+            "'end' is before 'start'": arrays["end"] < arrays["start"],
+            "'bytes' is < 0": arrays["bytes"] < 0,
+        }
+        for what, where in wrong.items():
+            if where.any():
+                task = schedule.labels()[int(np.argmax(where))]
+                raise InvalidSchedule(f"timeline {str(path)!r} is damaged: {what} for {task}.")
         return cls(schedule, **arrays, source=source, facts=facts)
 
     def save_trace(self, path: str | Path) -> None:

@@ -80,6 +80,32 @@ def test_paced_link_copies_and_is_never_faster_than_its_pace() -> None:
     assert spent >= 2 * source.numel() / 100e6 - 1e-3
 
 
+class Clock:
+    """Stands for the module `time`: every look takes a microsecond, and every sleep ends late."""
+
+    late = 2e-4
+
+    def __init__(self) -> None:
+        self.now = 100.0
+
+    def perf_counter(self) -> float:
+        self.now += 1e-6
+        return self.now
+
+    def sleep(self, seconds: float) -> None:
+        self.now += seconds + self.late
+
+
+def test_transfers_that_waited_follow_each_other_without_a_gap(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two that have waited since before the call take their bytes over the pace since then: not less, hardly more."""
+    clock, source = Clock(), torch.ones(3_000_000, dtype=torch.uint8)
+    monkeypatch.setattr(lanes_module, "time", clock)
+    link, ready = PacedLink(100e6), clock.now - 0.02
+    for _ in range(2):
+        link.copy(torch.empty_like(source), source, ready=ready)
+    assert 0 <= clock.now - ready - 2 * 0.03 <= 2 * Clock.late
+
+
 def test_paced_link_needs_a_pace() -> None:
     """Zero and negative bandwidths are refused."""
     for bad in (0.0, -1.0):

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from executor import bench as bench_module
 from executor import probe as probe_module
+from executor.contention import Crowd
 from executor.probe import Prober
 from experiments.cli import main
 from hrm import Hardware, MoEModel, Workload, plan
@@ -35,6 +37,40 @@ def test_probe_measures_and_round_trips(tmp_path: Path, monkeypatch: pytest.Monk
     assert plan(model, again.with_link(1e9), Workload.uniform(8, 4)).policy.batch_size >= 1
     fresh = prober.refresh(passes=1).rates()
     assert fresh.cores == rates.cores and fresh.gpu_gemm != rates.gpu_gemm
+
+
+def test_with_a_gpu_no_cores_are_shared(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What lanes on shared cores do together is measured where they share them, and there alone."""
+    timed: list[str] = []
+
+    class Lanes:
+        def __init__(self, bench: SimpleNamespace) -> None:
+            pass
+
+        def hand_over(self) -> float:
+            return 1e-5
+
+        def shared_cores(self) -> list[tuple[float, float]]:
+            timed.append("cores")
+            return [(2.0, 1.5)]
+
+        def processors(self) -> list[tuple[float, float]]:
+            return []
+
+        def memory_traffic(self) -> float:
+            return 1e10
+
+    def crowd(cuda: bool) -> Crowd:
+        def describe(spent: object, crowd: Crowd, share: float) -> Crowd:
+            return crowd
+
+        bench = SimpleNamespace(cuda=cuda, one_pass=lambda: {}, hardware=describe)
+        monkeypatch.setattr(probe_module, "Bench", lambda model, device: bench)
+        return Prober(MoEModel.from_catalog("mixtral-tiny"), device=torch.device("cpu")).hardware()  # type: ignore[return-value]
+
+    monkeypatch.setattr(probe_module, "Contention", Lanes)
+    assert crowd(cuda=True).processors is None and not timed
+    assert crowd(cuda=False).cores.points == ((1.0, 1.0), (2.0, 1.5)) and timed
 
 
 def test_probe_command_prints_and_writes(

@@ -23,6 +23,7 @@ from executor.tensor_parallel import generate_on, policy_for, share_of
 from hrm import Hardware, Policy
 from hrm.errors import DoesNotFit, InvalidValue
 from hrm.gating import Gate
+from hrm.hardware import Curve
 from tests.executor.family_configs import CONFIGS
 
 _PROMPTS = [[(29 * i + 7 * j * j + 3) % 160 for j in range(n)] for i, n in enumerate((13, 5, 20, 9, 2, 11, 7))]
@@ -257,6 +258,18 @@ def test_a_share_of_a_machine() -> None:
     assert float(one.h2d.bandwidth) == float(two.h2d.bandwidth) / 2
     with pytest.raises(InvalidValue, match="has 2 GPUs, --tp 4 needs 4"):
         share_of(two, 4)
+
+
+@pytest.mark.parametrize(("cores", "apart"), [(2, False), (3, False), (4, True), (None, True)])
+def test_lanes_of_a_rank_with_one_core_share_it(cores: int | None, apart: bool) -> None:
+    """A rank keeps cores for the GPU's lane alone where it gets two; a machine that does not say has enough."""
+    machine = Hardware.from_catalog("cpu-2core")
+    processors = Curve(((1.0, 1.0), (3.0, 1.8)))
+    rates = replace(machine.rates(), gpu_on_own_cores=True, processors=processors)
+    facts = {} if cores is None else {"cores": cores}
+    found = share_of(replace(machine, facts=facts, rate_sets={"measured": rates}), 2).rates()
+    assert (found.gpu_on_own_cores, found.processors) == (apart, processors if apart else None)
+    assert found.cores == rates.cores
 
 
 def test_shards_are_parts(folder: Callable[[str], Path]) -> None:

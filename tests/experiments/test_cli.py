@@ -360,9 +360,19 @@ def test_folders_that_cannot_be_written_are_refused_first(tmp_path: Path) -> Non
 
 
 @pytest.mark.parametrize("option", ["--trace", "--timeline", "--gantt"])
-def test_output_paths_are_checked_first(refused: Any, tmp_path: Path, option: str) -> None:
-    """A folder that is not there is an error before anything is computed."""
-    assert "does not exist" in refused("simulate", *TINY, option, tmp_path / "none" / "x.png")
+def test_output_paths_are_checked_first(hrm: Any, refused: Any, tmp_path: Path, option: str) -> None:
+    """A folder that is not there is made; one that cannot be is an error before anything is computed."""
+    assert hrm("simulate", *TINY, *GIVEN, option, tmp_path / "new" / "deep" / "x.png").code == 0
+    assert (tmp_path / "new" / "deep" / "x.png").stat().st_size > 0
+    (tmp_path / "file").touch()
+    assert "cannot make the folder" in refused("simulate", *TINY, option, tmp_path / "file" / "deep" / "x.png")
+
+
+def test_a_sweep_makes_its_folder(hrm: Any, tmp_path: Path) -> None:
+    """As every command that writes a file."""
+    rows = tmp_path / "new" / "rows.jsonl"
+    assert hrm("sweep", *TINY, "--jobs", 1, "--out", rows).code == 0
+    assert len(rows.read_text().splitlines()) == 1
 
 
 def test_compare_sets_a_timeline_beside_itself(hrm: Any, hrm_json: Any, tmp_path: Path) -> None:
@@ -466,8 +476,11 @@ def test_probe_writes_what_plan_reads(hrm: Any, hrm_json: Any, tmp_path: Path, m
     assert hrm_json("plan", *L4[:2], "--hardware", file, *L4[4:])["efficiency"] == "measured"
 
 
-def test_validate_hands_its_options_on(hrm: Any, hrm_json: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The validation gets the options in SI units, and its result is printed either way."""
+def test_validate_hands_its_options_on(
+    hrm: Any, hrm_json: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The validation gets the options in SI units; its result is printed and its table left, either way."""
+    monkeypatch.chdir(tmp_path)
     seen: dict[str, Any] = {}
 
     def run_validation(**options: Any) -> dict[str, Any]:
@@ -489,6 +502,7 @@ def test_validate_hands_its_options_on(hrm: Any, hrm_json: Any, monkeypatch: pyt
     }
     assert hrm("validate", "--link-bandwidth", "none").out == "a table\n"
     assert seen["link_bandwidth"] is None
+    assert [(tmp_path / folder / "table.txt").read_text() for folder in ("here", "out")] == ["a table\n"] * 2
 
 
 def test_exit_codes_are_the_errors_own() -> None:

@@ -188,11 +188,22 @@ def test_bad_cache_options_are_one_line(hrm: Any, command: str, args: tuple[obje
     assert done.code == 2 and words in done.err and len(done.err.strip().splitlines()) == 1
 
 
+def test_a_search_with_a_cache_is_offered_where_there_is_one(hrm: Any) -> None:
+    """The line about a missing cache names every option that makes the others valid, and those alone."""
+    offers = {
+        command: "or --max-batch-size N" in hrm(*command.split(), *_QWEN, "--cache-policy", "lru").err
+        for command in ("plan", "simulate", "plan --ffn-on-gpu 0", "plan --objective paper", "plan --batch-size 4")
+    }
+    assert [command for command, offered in offers.items() if offered] == ["plan"]
+    assert hrm("plan", *_QWEN, "--cache-policy", "lru", "--max-batch-size", 2, "--no-advice").code == 0
+
+
 def test_a_trace_of_other_experts_is_refused_by_predictions(hrm: Any, tmp_path: Path) -> None:
     """One line for a histogram of another number of experts."""
     trace = RoutingTrace(experts=np.zeros((3, 1, 1), dtype=int), num_experts=4).save(tmp_path / "other.npz")
     done = hrm("simulate", *_QWEN, *_CACHE, "--popularity", trace)
-    assert done.code == 2 and "needs 128 counts" in done.err
+    assert done.code == 2 and "--popularity: " in done.err and len(done.err.splitlines()) == 1
+    assert "other.npz' is of 4 experts, qwen3-30b-a3b has 128" in done.err
 
 
 def test_the_planner_takes_the_cache_policy(hrm: Any) -> None:

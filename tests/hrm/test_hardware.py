@@ -96,6 +96,8 @@ def test_round_trip_with_curves_and_overheads(l4: Hardware, tmp_path: Path) -> N
         cores=Curve(((1.0, 1.0), (2.8, 1.7))),
         gpu_on_own_cores=True,
         single_expert_s=1.0 / 7.0,
+        processors=Curve(((1.0, 1.0), (2.0, 1.0 / 3.0 + 1), (3.0, 1.9))),
+        gpu_attention_s=0.3 / 7,
     )
     machine = replace(l4, rate_sets={"measured": measured}, facts={"host": "box", "seed": 3}, shared_memory=True)
     machine.save(tmp_path / "m.json")

@@ -115,6 +115,8 @@ def test_attention_on_the_gpu_takes_the_slower_of_kv_and_compute() -> None:
     op = attention_core(MIXTRAL, 5, 400)
     expected = 3 * 1e-3 + op.kv_bytes / curve.at(400.0)
     assert TaskTimes(MIXTRAL, rates).gpu_attention(5, 2000) == pytest.approx(expected)
+    called = replace(rates, gpu_attention_s=0.25, task_s=0.5)
+    assert TaskTimes(MIXTRAL, called).gpu_attention(5, 2000) == pytest.approx(0.75 + expected)
     slow = replace(rates, gpu_attention=Curve.constant(1e9), gpu_launch_s=0.0)
     assert TaskTimes(MIXTRAL, slow).gpu_attention(5, 2000) == pytest.approx(op.flops / 1e9)
 
@@ -180,6 +182,15 @@ def test_terms_with_experts_on_the_cpu_by_hand() -> None:
     assert terms["pipeline latency"] == pytest.approx(4 / 2 * chain)
 
 
+def test_routed_experts_leave_in_copies_of_their_own() -> None:
+    """Hidden states, choices and weights go down in three copies, beside one each for QKV, attended and results."""
+    place = Placement(ffn_on_gpu=False)
+    free, terms = layer_terms(place, 0.25, 0.0), layer_terms(place, 0.25, 0.0, replace(SPEC, transfer_s=0.5))
+    assert terms["link (GPU to CPU)"] - free["link (GPU to CPU)"] == pytest.approx(4 * 4 * 0.5)
+    assert terms["link (CPU to GPU)"] - free["link (CPU to GPU)"] == pytest.approx(4 * 2 * 0.5)
+    assert terms["pipeline latency"] - free["pipeline latency"] == pytest.approx(4 / 2 * 6 * 0.5)
+
+
 def test_terms_with_only_experts_on_the_cpu_by_hand() -> None:
     """A_g = 1, F_g = 0: KV and hidden states on the link, and the CPU has nothing but its experts."""
     terms = layer_terms(Placement(attention_on_gpu=True, ffn_on_gpu=False), 0.5, 0.5)
@@ -212,6 +223,10 @@ def test_copies_by_a_core_pass_memory_twice() -> None:
     assert terms["CPU cores"] == pytest.approx(work / 2)
     apart = layer_terms(Placement(), 0.25, 0.0, replace(box, gpu_on_own_cores=True))
     assert apart["CPU cores"] == pytest.approx((work - terms["GPU"]) / 2)
+    assert "all cores" not in apart
+    slowed = replace(box, gpu_on_own_cores=True, processors=Curve(((1.0, 1.0), (3.0, 1.6))))
+    both = layer_terms(Placement(), 0.25, 0.0, slowed)
+    assert both == pytest.approx(apart | {"all cores": work / 1.6})
 
 
 def test_the_weights_of_the_next_layer_travel_in_a_layers_time() -> None:

@@ -315,6 +315,27 @@ def test_a_gpu_lane_on_its_own_cores_takes_none_of_the_hosts() -> None:
         assert cores[schedule.mask(op)].tolist() == [wanted], op
 
 
+def test_processors_that_slow_each_other_are_asked_by_all_lanes() -> None:
+    """Of both processors together every task wants a lane's worth, a paced copy the part in which its core works."""
+    both = Curve(((1.0, 1.0), (3.0, 1.7)))
+    rates = replace(
+        SPEC, copy_bandwidth=4e9, h2d_bandwidth=1e9, d2h_bandwidth=2e9, transfer_s=3e-6,
+        cores=Curve.constant(2.0), gpu_on_own_cores=True, processors=both,
+    )  # fmt: skip
+    schedule = cpu_experts(num_layers=1, num_micro_batches=1, decode_steps=1, prefill=False)
+    batch = BatchShape.uniform(2, 2, 9, 3)
+    found = schedule_costs(schedule, MIXTRAL.with_layers(1), rates, batch, weights_on_gpu=0.5)
+    assert found.capacities["processors"] is both
+    wanted = {op: found.demands["processors"][schedule.mask(op)] for op in Op}
+    for op in (Op.PRE_ATTN, Op.GPU_FFN, Op.CPU_FFN, Op.CPU_ATTN):
+        assert wanted[op].tolist() == [1.0], op
+    for op, pace, transfers in ((Op.LOAD_H, 1e9, 1), (Op.OFFLOAD_QKV, 2e9, 1), (Op.OFFLOAD_FFN, 2e9, 3)):
+        overhead, moved = transfers * 3e-6, found.bytes[schedule.mask(op)]
+        busy = (overhead + moved / 4e9) / (overhead + moved / pace)
+        assert wanted[op] == pytest.approx(busy), op
+        assert found.demands["cores"][schedule.mask(op)] == pytest.approx(busy), op
+
+
 # -- whole runs ---------------------------------------------------------------------------------------
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -232,7 +233,7 @@ def test_columns_of_the_wrong_length_are_refused(tiny: Timeline, tmp_path: Path,
 def test_a_damaged_schedule_is_refused(tiny: Timeline, tmp_path: Path) -> None:
     """A timeline whose schedule does not parse is refused by the schedule's line."""
     lines = [*tiny.schedule.to_text().split("\n")[:-1], "Fly(1,0,0) @gpu"]
-    with pytest.raises(InvalidSchedule, match="line 7: unknown task class 'Fly'"):
+    with pytest.raises(InvalidSchedule, match=r"timeline '.*t\.json': .*line 7: unknown task class 'Fly'"):
         Timeline.load(damaged(tiny, tmp_path / "t.json", "schedule", lines))
 
 
@@ -250,6 +251,26 @@ def test_missing_or_mistyped_entries_are_refused(tiny: Timeline, tmp_path: Path,
     with pytest.raises(InvalidSchedule) as caught:
         Timeline.load(damaged(tiny, tmp_path / "t.json", key, value))
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("column", ["start", "end", "bytes", "flops"])
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+def test_numbers_that_are_not_finite_are_refused(tiny: Timeline, tmp_path: Path, column: str, value: float) -> None:
+    """A time or an amount of work that is no number is refused by its file, its column and its task."""
+    values = [*getattr(tiny, column)[:2].tolist(), value, *getattr(tiny, column)[3:].tolist()]
+    message = rf"t\.json' is damaged: '{column}' is not a finite number for {re.escape(tiny.schedule.labels()[2])}"
+    with pytest.raises(InvalidSchedule, match=message):
+        Timeline.load(damaged(tiny, tmp_path / "t.json", column, values))
+
+
+def test_a_task_does_not_end_before_it_starts(tiny: Timeline, tmp_path: Path) -> None:
+    """Neither does it move less than nothing."""
+    last = re.escape(tiny.schedule.labels()[-1])
+    ends = [*tiny.end[:-1].tolist(), tiny.start[-1] - 1e-6]
+    with pytest.raises(InvalidSchedule, match=rf"t\.json' is damaged: 'end' is before 'start' for {last}"):
+        Timeline.load(damaged(tiny, tmp_path / "t.json", "end", ends))
+    with pytest.raises(InvalidSchedule, match=rf"t\.json' is damaged: 'bytes' is < 0 for {last}"):
+        Timeline.load(damaged(tiny, tmp_path / "t.json", "bytes", [*tiny.bytes[:-1].tolist(), -1.0]))
 
 
 # -- traces -------------------------------------------------------------------------------------------
