@@ -1,4 +1,4 @@
-"""The calls that a probe times, with the memory that they work on, and the rates that follow from them."""
+"""The calls that a probe times, with the memory that they work on."""
 
 from __future__ import annotations
 
@@ -16,26 +16,23 @@ import torch
 import torch.nn.functional as F
 
 from executor.checkpoint import TORCH_DTYPES
-from executor.contention import Crowd
 from executor.cpu_attention import decode_attention
 from executor.device_attention import device_attention
 from executor.grouped_experts import grouped_kernel
 from executor.kernels import ExpertWeights, add_runs, causal_attention, moe_ffn
 from executor.lanes import PacedLink, lane_cores, lane_threads, settle
-from executor.machine import machine_facts, ram_bytes
+from executor.machine import ram_bytes
 from executor.weight_layout import LayerWeights
 from hrm.errors import DoesNotFit
-from hrm.hardware import Curve, Hardware, Link, MemoryLevel, Quantity, Rates
 from hrm.model import MoEModel
-from hrm.operators import pre_attention
 from simulator.task import Lane
 
-__all__ = ["Bench", "Key", "typical"]
+__all__ = ["GEMM_ROWS", "HOST_EXPERT_ROWS", "HOST_ROWS", "SINGLE_ROWS", "Bench", "Key", "typical"]
 
 _COLD_BYTES = 160 * 2**20
-_ROWS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024)
+GEMM_ROWS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024)
 _EXPERT_ROWS = (1, 1.5, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256, 512)
-_SINGLE_ROWS = (1.0, 4.0)
+SINGLE_ROWS = (1.0, 4.0)
 _PROMPTS = (8, 16, 32, 64, 128, 256, 512)
 _CONTEXTS = (16, 32, 64, 128, 256, 512, 1024)
 _TIME_PER_POINT = 0.04
@@ -46,8 +43,8 @@ _OVERHEADS = ("dispatch", "transfer", "attention call")
 """Calls that stand for what a task costs however small: in a run a layer's weights have passed the caches since the
 last one, so that even their code comes from memory."""
 _PIECE = 8 * 2**20
-_HOST_ROWS = 256
-_HOST_EXPERT_ROWS = (1, 4, 16, 64)
+HOST_ROWS = 256
+HOST_EXPERT_ROWS = (1, 4, 16, 64)
 _HOST = torch.device("cpu")
 
 Call = Callable[[], Any]
@@ -129,7 +126,7 @@ class Bench:
         """A dense projection, by rows."""
         h, wide = self.model.hidden_size, self.model.q_size
         take = self.views(wide, h)
-        inputs = {rows: self.random(rows, h) for rows in _ROWS}
+        inputs = {rows: self.random(rows, h) for rows in GEMM_ROWS}
         return {rows: partial(lambda x: F.linear(x, take()), x) for rows, x in inputs.items()}
 
     def expert_call(self, tokens: int) -> Call:
@@ -191,17 +188,17 @@ class Bench:
         calls: dict[float, Call] = {}
         flops: dict[float, float] = {}
         for wanted in _EXPERT_ROWS:
-            tokens = self._tokens(wanted)
-            rows = tokens * m.top_k / self._active(tokens)
+            tokens = self.tokens_for(wanted)
+            rows = tokens * m.top_k / self.expected_active(tokens)
             calls[rows] = self.expert_call(tokens)
             flops[rows] = 6.0 * tokens * m.top_k * m.hidden_size * m.intermediate_size
         return calls, flops
 
-    def _tokens(self, rows: float) -> int:
+    def tokens_for(self, rows: float) -> int:
         """Tokens that come to about so many for every expert."""
         return max(1, round(rows * self.experts / self.model.top_k))
 
-    def _active(self, tokens: int) -> float:
+    def expected_active(self, tokens: int) -> float:
         """Experts that they are expected to choose."""
         return self.experts * (1 - (1 - self.model.top_k / self.experts) ** tokens)
 
@@ -295,12 +292,12 @@ class Bench:
         self.calls: dict[Key, Call] = {("gemm", k): v for k, v in self.gemm_calls().items()}
         self.calls |= {("experts", k): v for k, v in experts.items()}
         self.calls |= {("causal", k): v for k, v in causal.items()}
-        self.calls |= {("single experts", k): self.single_experts_call(self._tokens(k)) for k in _SINGLE_ROWS}
+        self.calls |= {("single experts", k): self.single_experts_call(self.tokens_for(k)) for k in SINGLE_ROWS}
         self.calls[("dispatch", 0)] = _dispatch_probe(self.device, self.dtype)
         self.calls[("read", 0)] = self.pool.sum
         self.host_calls: dict[Key, Call] = {("attention", k): v for k, v in attention.items()}
         self.host_calls[("attention call", 0)] = self.attention_call(1, 1)
-        square = self.random(_HOST_ROWS, self.model.hidden_size, device=_HOST)
+        square = self.random(HOST_ROWS, self.model.hidden_size, device=_HOST)
         weight = self.random(self.model.q_size, self.model.hidden_size, device=_HOST)
         self.host_calls[("host gemm", 0)] = lambda: F.linear(square, weight)
         if self.cuda:
@@ -312,7 +309,7 @@ class Bench:
             self.calls[("transfer", 0)] = lambda: mark.copy_(little, non_blocking=True)
             for context, call in self.attention_calls(host=False)[0].items():
                 self.calls[("device attention", context)] = call
-            for rows in _HOST_EXPERT_ROWS:
+            for rows in HOST_EXPERT_ROWS:
                 self.host_calls[("host experts", rows)] = self.host_expert_call(rows)
             self.host_calls[("staging", 0)] = self.copy_call(self.host[1], pinned)
         else:
@@ -359,117 +356,6 @@ class Bench:
             Lane.H2D: self.copy_call(source[:half], target[:half], pace),
             Lane.D2H: self.copy_call(source[half:], target[half:], pace),
         }
-
-    def rates(self, spent: dict[Key, float], crowd: Crowd) -> tuple[Rates, float]:
-        """Rates from seconds per call, and the bandwidth at which the device reads its memory."""
-        m = self.model
-
-        def curve(name: str, work: dict[float, float], minus: float = 0.0) -> Curve:
-            points = []
-            for size, amount in sorted(work.items()):
-                t = spent[name, size]
-                points.append((float(size), amount / max(t - minus, t / 2)))
-            return Curve(tuple(points))
-
-        launch = spent["dispatch", 0] / sum(op.launches for op in pre_attention(m, 1))
-        per_call = spent["attention call", 0]
-        gemm = curve("gemm", {rows: 2.0 * rows * m.hidden_size * m.q_size for rows in _ROWS})
-        experts = curve("experts", self.expert_flops)
-        attention = curve("attention", self.attention_bytes, minus=per_call)
-        copy = _PIECE / spent["staging", 0]
-        read = self.pool.nbytes / spent["read", 0]
-        host_flops = 2.0 * _HOST_ROWS * m.hidden_size * m.q_size / spent["host gemm", 0]
-        bandwidth = max(read, gemm.points[0][1] * m.dtype_bytes / 2)
-        work = 12.0 * m.hidden_size * m.intermediate_size
-        host_experts = curve("host experts", {n: n * work for n in _HOST_EXPERT_ROWS}) if self.cuda else None
-        rates = Rates(
-            provenance="measured",
-            source=f"hrm probe, shapes of {m.name} in {m.dtype}",
-            gpu_gemm=gemm,
-            gpu_experts=experts,
-            single_expert_s=self._single_expert_s(spent, experts),
-            gpu_attention=curve("causal", self.causal_flops),
-            gpu_bandwidth=bandwidth,
-            # Without a GPU both processors are the same cores with the same kernels.
-            gpu_decode_attention=curve("device attention", self.attention_bytes) if self.cuda else attention,
-            cpu_experts=host_experts or experts,
-            cpu_weight_bandwidth=self._host_weight_bandwidth(spent) if self.cuda else bandwidth,
-            gpu_launch_s=launch,
-            # On a GPU the calls were timed with all that they launch.
-            gpu_attention_s=0.0 if self.cuda else per_call,
-            cpu_attention=attention,
-            cpu_attention_flops=host_flops,
-            cpu_task_s=per_call,
-            h2d_bandwidth=_PIECE / spent["h2d", 0] if self.cuda else copy,
-            d2h_bandwidth=_PIECE / spent["d2h", 0] if self.cuda else copy,
-            transfer_s=spent["transfer", 0],
-            staging_bandwidth=copy,
-            dram_bandwidth=max(crowd.memory_traffic, attention.peak),
-            copy_bandwidth=None if self.cuda else copy,
-            task_s=crowd.task_s,
-            cores=None if self.cuda else crowd.cores,
-            gpu_on_own_cores=self.apart,
-            processors=crowd.processors,
-        )
-        return rates, read
-
-    def _single_expert_s(self, spent: dict[Key, float], experts: Curve) -> float:
-        """Seconds on top of an expert that is computed by calls of its own."""
-        m, extra = self.model, []
-        for wanted in _SINGLE_ROWS:
-            tokens = self._tokens(wanted)
-            active, flops = self._active(tokens), 6.0 * tokens * m.top_k * m.hidden_size * m.intermediate_size
-            together = flops / experts.at(tokens * m.top_k / active)
-            extra.append((spent["single experts", wanted] - together) / active)
-        return max(0.0, statistics.fmean(extra))
-
-    def _host_weight_bandwidth(self, spent: dict[Key, float]) -> float:
-        """Bytes/s at which an expert on the host reads its weights for one token."""
-        m = self.model
-        return 2 * 3 * m.hidden_size * m.intermediate_size * self.dtype.itemsize / spent["host experts", 1]
-
-    def hardware(self, spent: dict[Key, float], crowd: Crowd, share: float) -> Hardware:
-        """The machine as a hardware file describes it."""
-        rates, read = self.rates(spent, crowd)
-        facts = machine_facts() | {"cpu_taken_by_others": round(share, 4)}
-        source = f"hrm probe, {facts['date']}"
-
-        def measured(value: float) -> Quantity:
-            return Quantity(float(value), "measured", source)
-
-        if self.cuda:
-            name = facts["gpu"]
-            gpu_bytes = torch.cuda.get_device_properties(self.device).total_memory
-        else:
-            name, gpu_bytes = f"{facts['cpu']} (a heap in RAM, half the cores)", ram_bytes() // 4
-        peak = max(rates.gpu_gemm.peak, rates.gpu_experts.peak)
-        return Hardware(
-            name="this-machine",
-            title=f"{facts['cores']} cores, at the shapes of {self.model.name} in {self.model.dtype}",
-            levels=(
-                MemoryLevel(
-                    name="gpu",
-                    processor=name,
-                    capacity=measured(gpu_bytes),
-                    bandwidth=measured(read),
-                    peak_flops=measured(peak),
-                ),
-                MemoryLevel(
-                    name="cpu",
-                    processor=facts["cpu"],
-                    capacity=measured(ram_bytes()),
-                    bandwidth=measured(rates.cpu_attention.peak),
-                    peak_flops=measured(peak),
-                ),
-            ),
-            links=(
-                Link(source="cpu", target="gpu", bandwidth=measured(rates.h2d_bandwidth)),
-                Link(source="gpu", target="cpu", bandwidth=measured(rates.d2h_bandwidth)),
-            ),
-            rate_sets={"measured": rates},
-            facts=facts,
-            shared_memory=not self.cuda,
-        )
 
 
 def typical(samples: Sequence[float]) -> float:

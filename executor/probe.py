@@ -17,6 +17,7 @@ import torch
 from executor.bench import Bench, Key, typical
 from executor.contention import Contention, Crowd, crowd_of
 from executor.machine import OtherLoad
+from executor.measured_rates import hardware_of
 from hrm.hardware import Curve, Hardware
 from hrm.model import MoEModel
 
@@ -128,7 +129,7 @@ class Prober:
     def _describe(self, passes: Passes) -> Hardware:
         assert self._crowd is not None
         spent = {key: typical([x[key] for x in passes]) for key in passes[0]}
-        return self._bench.hardware(spent, self._crowd, self._share)
+        return hardware_of(self._bench, spent, self._crowd, self._share)
 
     def _quiet(self, measure: Callable[[], Any], count: int, what: str) -> list[Any]:
         """Results of `count` measurements that nothing else disturbed, or of the least disturbed ones."""

@@ -63,7 +63,7 @@ def run_validation(
         As for `executor.generate`; the planned case obeys them, other cases state their own link.
     out : Path, optional
         Folder for tables, timelines, traces and pictures; "out" by default. A run that was killed goes on
-        there after the last case that it had finished, with the same version of the code.
+        there after the last setting whose cases it had finished in all rounds, with the same version of the code.
     rounds : int
         How often every case runs, in turn with the others of its setting; the run of median throughput counts.
     as_json : bool
