@@ -149,10 +149,10 @@ class Runs:
         return replace(best, attempts=attempts)
 
     def measure_in_turn(self, cases: Sequence[Case], rounds: int) -> list[Run]:
-        """Run cases one after the other, so many times; of each the run of median throughput, with all its probes.
+        """Run cases one after the other, so many times; of each one run, with all its probes.
 
-        Runs that were disturbed count only where all were, and then the least disturbed alone. Nothing is tried again
-        where there are several rounds.
+        It is the run nearest to the median throughput of all, of those that were not disturbed; where all were, the
+        least disturbed. Nothing is tried again where there are several rounds.
         """
         tries = _MOST_TRIES if rounds == 1 else 1
         taken = [[self.measure(case, tries=tries) for case in cases] for _ in range(rounds)]
@@ -256,13 +256,13 @@ class Runs:
 
 
 def _median(runs: list[Run]) -> Run:
-    """Of the quiet runs that with the median throughput, or next to it; of others the quietest; between all probes."""
+    """Of the quiet runs the one nearest to the median throughput of all; of others the quietest; between all probes."""
     if len(runs) == 1:
         return runs[0]
     quiet = [run for run in runs if run.disturbance <= 1] or [min(runs, key=lambda run: run.disturbance)]
-    ordered = sorted(quiet, key=lambda run: run.result.throughput_tok_s)
+    middle = statistics.median(run.result.throughput_tok_s for run in runs)
     return replace(
-        ordered[(len(ordered) - 1) // 2],
+        min(quiet, key=lambda run: abs(run.result.throughput_tok_s - middle)),
         before=[single for run in runs for single in run.before],
         after=[single for run in runs for single in run.after],
         attempts=sum(run.attempts for run in runs),
