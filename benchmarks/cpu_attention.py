@@ -2,7 +2,8 @@
 
     python benchmarks/cpu_attention.py [--quick] [--out FILE.json]
 
-Everything takes its turn in every round, but for calls that take long, which come after. Medians over the rounds are
+Everything takes its turn in every round, after a pause and a call that is not timed, but for calls that take long,
+which come after. Medians over the rounds are
 reported. A round during which other programs used the machine is repeated; those during which they used it least count,
 with how much that was. The ceiling is what the same number
 of threads read (a sum) or copy (bytes read plus bytes written), whichever is less, in the same round. KV lies in arenas
@@ -38,6 +39,8 @@ _LEAST_S = 0.015
 _SLOW_S = 0.15
 _QUIET = 0.08
 _PATIENCE = 3
+_PAUSE_S = 0.03
+"""Between two calls: torch's threads spin for some milliseconds after their work, on cores that others want."""
 _DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
 
@@ -169,6 +172,8 @@ class Ceilings:
 
 
 def _seconds(call: Callable[[], None], repeats: int) -> float:
+    time.sleep(_PAUSE_S)
+    call()  # wakes the threads that it needs
     started = time.perf_counter()
     for _ in range(repeats):
         call()
