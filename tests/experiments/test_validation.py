@@ -86,7 +86,7 @@ def test_quick_validation_and_going_on_after_a_kill(
 def test_of_several_rounds_the_quiet_ones_count(
     tmp_path: Path, short_probe: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Cases of a setting take turns, and each is known by its quiet run nearest to the median of all, or by the quietest."""
+    """Cases take turns; each is known by its quiet run nearest to the median of all, or else by the quietest."""
     monkeypatch.setattr(validation, "QUICK", ("planned",))
     checkpoint = make_checkpoint(model_config("mixtral-tiny"), tmp_path / "tiny")
     result = validation.run_validation(checkpoint=checkpoint, quick=True, device="cpu", out=tmp_path / "out", rounds=3)
