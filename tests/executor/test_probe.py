@@ -61,11 +61,9 @@ def test_with_a_gpu_no_cores_are_shared(monkeypatch: pytest.MonkeyPatch) -> None
             return 1e10
 
     def crowd(cuda: bool) -> Crowd:
-        def describe(spent: object, crowd: Crowd, share: float) -> Crowd:
-            return crowd
-
-        bench = SimpleNamespace(cuda=cuda, one_pass=lambda: {}, hardware=describe)
+        bench = SimpleNamespace(cuda=cuda, one_pass=lambda: {})
         monkeypatch.setattr(probe_module, "Bench", lambda model, device: bench)
+        monkeypatch.setattr(probe_module, "hardware_of", lambda bench, spent, crowd, share: crowd)
         return Prober(MoEModel.from_catalog("mixtral-tiny"), device=torch.device("cpu")).hardware()  # type: ignore[return-value]
 
     monkeypatch.setattr(probe_module, "Contention", Lanes)
