@@ -3,10 +3,9 @@
     python benchmarks/cpu_attention.py [--quick] [--out FILE.json]
 
 Everything takes its turn in every round, after a pause and a call that is not timed, but for calls that take long,
-which come after. Medians over the rounds are
-reported. A round during which other programs used the machine is repeated; those during which they used it least count,
-with how much that was. The ceiling is what the same number
-of threads read (a sum) or copy (bytes read plus bytes written), whichever is less, in the same round. KV lies in arenas
+which come after. Medians over the rounds are reported. A round during which other programs used the machine is
+repeated; those during which they used it least count, with how much that was. The ceiling is what the same number of
+threads read (a sum) or copy (bytes read plus bytes written), whichever is less, in the same round. KV lies in arenas
 several times as large as the last-level cache, and every call takes the next layer. torch's ways get the keys and
 values of each head in a piece, ``[n, heads, context, d]``, as they like them best.
 """

@@ -47,6 +47,21 @@ def test_groups_equal_single_experts(experts: int, k: int, tokens: int, share: f
     assert torch.equal(sorted_ffn(x, index, weight, plan.groups(resident, rest), experts, gated), expected)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_sorted_rows_in_every_type(dtype: torch.dtype) -> None:
+    """The same bits in float32, with widths that fill no whole vector; in shorter types as near as they round."""
+    torch.manual_seed(0)
+    ffn = FeedForward(hidden_size=64, intermediate_size=40, num_experts=5, top_k=3)
+    plan = LayerWeights.cut(ffn, (), 0.3)
+    flat = (torch.randn(ffn.experts_parameters) * 0.1).to(dtype)
+    parts = flat[: plan.resident], flat[plan.resident :]
+    x, weight, index = torch.randn(33, 64).to(dtype), torch.rand(33, 3), torch.rand(33, 5).topk(3).indices
+    expected = moe_ffn(x, index, weight, plan.experts(*parts), gated)
+    found = sorted_ffn(x, index, weight, plan.groups(*parts), 5, gated)
+    near = 0.0 if dtype == torch.float32 else 2 * torch.finfo(dtype).eps
+    torch.testing.assert_close(found, expected, rtol=near, atol=near)
+
+
 def test_many_tokens_go_in_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     """Chunks of tokens give the same as all of them at once."""
     from executor import grouped_experts
