@@ -119,7 +119,7 @@ def _run(proof: Proof, cap: Cap, case: Case) -> dict[str, Any]:
 
 def _more(run: Run, model: MoEModel, machine: Hardware, loss: Loss, cap: Cap) -> dict[str, Any]:
     """What a GPU's row has besides a validation's."""
-    peak = run.allocated if run.allocated is not None else run.result.peak_memory["device_bytes"]
+    peak = run.allocated if run.allocated is not None else run.peak_memory["device_bytes"]
     measured = run.timeline
     return {
         "cap": cap.name,
@@ -130,7 +130,7 @@ def _more(run: Run, model: MoEModel, machine: Hardware, loss: Loss, cap: Cap) ->
         "peak_of_cap": None if cap.bytes is None else peak / cap.bytes,
         "footprint_bytes": batch_footprint(model, run.case.shape(), run.case.policy, system=run.case.system).gpu_bytes,
         "loss_items": loss.to_dict(),
-        "setup_s": run.result.setup_s,
+        "setup_s": run.setup_s,
         "rates": {
             "h2d_bytes_per_s": machine.rates().h2d_bandwidth,
             "expert_flops": machine.rates().gpu_experts.peak,

@@ -20,6 +20,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from experiments.kept_runs import KeptRuns
 from experiments.records import Records, commit, say
 from experiments.validation_cases import QUICK, Case, validation_cases
 from experiments.validation_report import judged, render, roofs, write
@@ -62,8 +63,8 @@ def run_validation(
     device, device_memory, link_bandwidth
         As for `executor.generate`; the planned case obeys them, other cases state their own link.
     out : Path, optional
-        Folder for tables, timelines, traces and pictures; "out" by default. A run that was killed goes on
-        there after the last setting whose cases it had finished in all rounds, with the same version of the code.
+        Folder for tables, timelines, traces and pictures; "out" by default. A validation that was killed goes on
+        there after the last run that had ended, with the same version of the code.
     rounds : int
         How often every case runs, in turn with the others of its setting; the run of median throughput counts.
     as_json : bool
@@ -102,6 +103,7 @@ def run_validation(
     partial = out / "cases.partial.jsonl"
     own = {"rounds": str(rounds), "commit": str(version)}
     kept = Records(partial, _conditions(checkpoint, device_memory, pace, machine) | own)
+    kept_runs = KeptRuns(kept, out / "runs.partial")
     patience = _PATIENCE_QUICK if quick else _PATIENCE
     deadline = started + _RETRY_QUICK_S if quick else math.inf
     # Of several rounds every one has probes around it.
@@ -118,7 +120,7 @@ def run_validation(
                 rows.append(done["row"])
             else:
                 waiting.append(case)
-        for run, row, prediction in runs.predict(runs.measure_in_turn(waiting, rounds)):
+        for run, row, prediction in runs.predict(runs.measure_in_turn(waiting, rounds, kept_runs)):
             kept.add(case=_key(run.case), row=row)
             rows.append(row)
             if run.case.name == "planned":
@@ -134,6 +136,7 @@ def run_validation(
     }
     write(result, out)
     partial.unlink(missing_ok=True)
+    kept_runs.forget()
     return result
 
 

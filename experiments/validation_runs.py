@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from executor.checkpoint import Checkpoint
     from executor.host_weights import HostWeights
     from executor.probe import Passes, Prober
-    from executor.results import GenerationResult
+    from experiments.kept_runs import KeptRuns
 
 __all__ = ["Run", "Runs", "described", "expected"]
 
@@ -40,7 +40,14 @@ class Run:
     """A case that was run, between two probes."""
 
     case: Case
-    result: GenerationResult
+    tokens: int
+    """Generated."""
+    prefill_s: float
+    decode_s: float
+    setup_s: float
+    peak_memory: dict[str, int]
+    timeline: Timeline
+    """What was measured; a case is one batch."""
     before: Passes
     after: Passes
     budget: int
@@ -56,9 +63,9 @@ class Run:
     """With a GPU: most bytes that torch's allocator had in use for the run."""
 
     @property
-    def timeline(self) -> Timeline:
-        """What was measured; a case is one batch."""
-        return self.result.timelines[0]
+    def throughput_tok_s(self) -> float:
+        """Generated tokens per second of prefill and decode."""
+        return self.tokens / (self.prefill_s + self.decode_s)
 
     @property
     def drift(self) -> float:
@@ -138,7 +145,7 @@ class Runs:
             run = self._try(case, on_probe)
             disturbed = ", disturbed" if run.disturbance > 1 else ""
             self._say(
-                f"  {case.name}: measured {run.result.throughput_tok_s:.1f} tok/s; "
+                f"  {case.name}: measured {run.throughput_tok_s:.1f} tok/s; "
                 f"others took {run.taken_by_others:.0%} of the CPU, speed drifted {run.drift:.0%}{disturbed}"
             )
             if best is None or run.disturbance < best.disturbance:
@@ -148,15 +155,21 @@ class Runs:
         assert best is not None
         return replace(best, attempts=attempts)
 
-    def measure_in_turn(self, cases: Sequence[Case], rounds: int) -> list[Run]:
+    def measure_in_turn(self, cases: Sequence[Case], rounds: int, kept: KeptRuns) -> list[Run]:
         """Run cases one after the other, so many times; of each one run, with all its probes.
 
         It is the run nearest to the median throughput of all, of those that were not disturbed; where all were, the
-        least disturbed. Nothing is tried again where there are several rounds.
+        least disturbed. Nothing is tried again where there are several rounds. What is kept already is not run.
         """
-        tries = _MOST_TRIES if rounds == 1 else 1
-        taken = [[self.measure(case, tries=tries) for case in cases] for _ in range(rounds)]
-        return [_median(list(runs)) for runs in zip(*taken, strict=True)]
+        taken: list[list[Run]] = [[] for _ in cases]
+        for number in range(rounds):
+            for case, runs in zip(cases, taken, strict=True):
+                run = kept.find(case, number)
+                if run is None:
+                    run = self.measure(case, tries=_MOST_TRIES if rounds == 1 else 1)
+                    kept.add(run, number)
+                runs.append(run)
+        return [_median(runs) for runs in taken]
 
     def predict(self, runs: Sequence[Run]) -> Iterator[tuple[Run, dict[str, Any], Prediction]]:
         """Each run beside what the simulator says of it, on the machine of all probes around these runs."""
@@ -220,7 +233,12 @@ class Runs:
             self._prober.refresh(self._passes[1])
         return Run(
             case=case,
-            result=result,
+            tokens=result.generated_tokens,
+            prefill_s=result.prefill_s,
+            decode_s=result.decode_s,
+            setup_s=result.setup_s,
+            peak_memory=result.peak_memory,
+            timeline=result.timelines[0],
             before=before,
             after=self._prober.last_passes,
             budget=budget,
@@ -260,13 +278,13 @@ def _median(runs: list[Run]) -> Run:
     if len(runs) == 1:
         return runs[0]
     quiet = [run for run in runs if run.disturbance <= 1] or [min(runs, key=lambda run: run.disturbance)]
-    middle = statistics.median(run.result.throughput_tok_s for run in runs)
+    middle = statistics.median(run.throughput_tok_s for run in runs)
     return replace(
-        min(quiet, key=lambda run: abs(run.result.throughput_tok_s - middle)),
+        min(quiet, key=lambda run: abs(run.throughput_tok_s - middle)),
         before=[single for run in runs for single in run.before],
         after=[single for run in runs for single in run.after],
         attempts=sum(run.attempts for run in runs),
-        rounds=tuple(run.result.throughput_tok_s for run in runs),
+        rounds=tuple(run.throughput_tok_s for run in runs),
     )
 
 
@@ -309,27 +327,27 @@ def described(
     loss : Loss, optional
         Where the time of a decode step went, if that is known already.
     """
-    case, result, measured, shape = run.case, run.result, run.timeline, run.case.shape()
+    case, measured, shape = run.case, run.timeline, run.case.shape()
     op, seconds = _worst_class(prediction.timeline, measured)
     steps = case.batch_size * (case.gen_len - 1)
     return asdict(case) | {
         "num_micro_batches": case.policy.num_micro_batches,
         "prompt_lens": list(case.prompt_lens),
         "predicted_tok_s": prediction.throughput_tok_s,
-        "measured_tok_s": result.throughput_tok_s,
-        "error": prediction.throughput_tok_s / result.throughput_tok_s - 1,
+        "measured_tok_s": run.throughput_tok_s,
+        "error": prediction.throughput_tok_s / run.throughput_tok_s - 1,
         "predicted_prefill_s": prediction.prefill_s,
-        "measured_prefill_s": result.prefill_s,
+        "measured_prefill_s": run.prefill_s,
         "predicted_decode_s": prediction.decode_s,
-        "measured_decode_s": result.decode_s,
-        **_limit(case, model, rates, shape, steps / result.decode_s if steps else 0.0),
+        "measured_decode_s": run.decode_s,
+        **_limit(case, model, rates, shape, steps / run.decode_s if steps else 0.0),
         "loss": (loss or account(prediction.timeline, measured)).sentence(),
         "predicted_utilization": prediction.timeline.decode_utilization(),
         "measured_utilization": measured.decode_utilization(),
         "most_off": op,
         "most_off_s": seconds,
         "device_budget_bytes": run.budget,
-        "peak_memory": result.peak_memory,
+        "peak_memory": run.peak_memory,
         "cpu_taken_by_others": run.taken_by_others,
         "drift": run.drift,
         "attempts": run.attempts,

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -16,6 +15,7 @@ from executor import bench as bench_module
 from executor import probe as probe_module
 from executor.checkpoint import make_checkpoint
 from experiments import validation, validation_runs
+from experiments.kept_runs import KeptRuns
 from experiments.records import Records
 from experiments.validation_cases import Case
 from experiments.validation_runs import Run, Runs
@@ -54,8 +54,9 @@ def test_quick_validation_and_going_on_after_a_kill(
     with pytest.raises(KeyboardInterrupt):
         validation.run_validation(checkpoint=checkpoint, quick=True, device="cpu", out=out)
     assert tried == ["planned"] and not (out / "validation.json").exists()
-    (line,) = (out / "cases.partial.jsonl").read_text().splitlines()
-    conditions = json.loads(line)["conditions"]
+    run, row = map(json.loads, (out / "cases.partial.jsonl").read_text().splitlines())
+    assert "measured" in run and "row" in row
+    conditions = row["conditions"]
     assert conditions["commit"] == "this"  # of another one the row would not count:
     assert not Records(out / "cases.partial.jsonl", conditions | {"commit": "another"}).rows
 
@@ -103,18 +104,67 @@ def test_of_several_rounds_the_quiet_ones_count(
             return self.told
 
     def known_by(*runs: tuple[float, float]) -> float:
-        rest: dict[str, Any] = {"case": None, "before": [{}], "after": [{}], "budget": 1, "taken_by_others": 0.0}
-        results: list[Any] = [SimpleNamespace(throughput_tok_s=tok_s) for tok_s, _ in runs]
-        made: list[Run] = [
-            Told(result=result, told=disturbance, **rest)
-            for result, (_, disturbance) in zip(results, runs, strict=True)
-        ]
-        return validation_runs._median(made).result.throughput_tok_s
+        rest: dict[str, Any] = {"case": None, "timeline": None, "before": [{}], "after": [{}], "taken_by_others": 0.0}
+        rest |= {"tokens": 100, "prefill_s": 0.0, "setup_s": 0.0, "peak_memory": {}, "budget": 1}
+        made: list[Run] = [Told(decode_s=100 / tok_s, told=disturbance, **rest) for tok_s, disturbance in runs]
+        return validation_runs._median(made).throughput_tok_s
 
-    assert known_by((5.0, 0.2), (9.0, 0.1), (7.0, 0.3)) == 7.0
-    assert known_by((5.0, 4.0), (9.0, 0.1), (7.0, 0.3)) == 7.0
-    assert known_by((5.0, 0.1), (9.0, 4.0), (7.0, 0.3)) == 7.0
-    assert known_by((5.0, 4.0), (9.0, 1.1), (7.0, 2.0)) == 9.0
+    assert known_by((5.0, 0.2), (10.0, 0.1), (8.0, 0.3)) == 8.0
+    assert known_by((5.0, 4.0), (10.0, 0.1), (8.0, 0.3)) == 8.0
+    assert known_by((5.0, 0.1), (10.0, 4.0), (8.0, 0.3)) == 8.0
+    assert known_by((5.0, 4.0), (10.0, 1.1), (8.0, 2.0)) == 10.0
+
+
+def test_a_kill_between_rounds_loses_no_run(tmp_path: Path, short_probe: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A run that ended is taken from disk as it was; one whose timeline is damaged is done again."""
+    monkeypatch.setattr(validation, "QUICK", ("planned",))
+    monkeypatch.setattr(validation, "commit", lambda: "this")
+    checkpoint = make_checkpoint(model_config("mixtral-tiny"), tmp_path / "tiny")
+    out = tmp_path / "out"
+    case = Case(
+        name="planned",
+        setting="planned",
+        batch_size=4,
+        micro_batch_size=2,
+        prompt_lens=(3, 5),
+        gen_len=3,
+        link_bandwidth=None,
+    )
+    monkeypatch.setattr(validation, "validation_cases", lambda *_: iter([case]))
+    measured: list[Run] = []
+    run_case = Runs.measure
+
+    def mortal(self: Runs, case: Case, **options: Any) -> Run:
+        if len(measured) == 2:
+            raise KeyboardInterrupt
+        measured.append(run_case(self, case, **options))
+        return measured[-1]
+
+    def validate() -> dict[str, Any]:
+        return validation.run_validation(checkpoint=checkpoint, quick=True, device="cpu", out=out, rounds=3)
+
+    monkeypatch.setattr(Runs, "measure", mortal)
+    with pytest.raises(KeyboardInterrupt):
+        validate()
+    assert not (out / "validation.json").exists()
+    conditions = json.loads((out / "cases.partial.jsonl").read_text().splitlines()[0])["conditions"]
+    kept = KeptRuns(Records(out / "cases.partial.jsonl", conditions), out / "runs.partial")
+    back = kept.find(measured[0].case, 0)
+    assert back is not None and kept.find(measured[0].case, 2) is None
+    for field in fields(Run):
+        if field.name != "timeline":
+            assert getattr(back, field.name) == getattr(measured[0], field.name), field.name
+    assert back.timeline.schedule == measured[0].timeline.schedule
+    assert back.timeline.makespan == pytest.approx(measured[0].timeline.makespan)
+
+    first = json.loads((out / "cases.partial.jsonl").read_text().splitlines()[0])["timeline"]
+    (out / "runs.partial" / first).write_bytes(b"cut sh")
+    old = list(measured)
+    measured.clear()
+    [row] = validate()["cases"]
+    assert len(measured) == 2
+    assert row["rounds_tok_s"] == [measured[0].throughput_tok_s, old[1].throughput_tok_s, measured[1].throughput_tok_s]
+    assert not (out / "cases.partial.jsonl").exists() and not (out / "runs.partial").exists()
 
 
 def test_no_rounds_are_refused(tmp_path: Path) -> None:
