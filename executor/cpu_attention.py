@@ -2,7 +2,7 @@
 
 The kernel reads every row of the arena once for all the query heads that share it. It is built on first use (see
 `native_build`); where that is not possible, and with ``MOE_HRM_NATIVE=0``, torch's operators compute the same.
-``MOE_HRM_NATIVE_ISA`` (``baseline``, ``avx2`` or ``avx512``) caps the instruction set that it uses.
+``MOE_HRM_NATIVE_ISA`` (``baseline``, ``avx2``, ``avx512`` or ``avx512_bf16``) caps the instruction set that it uses.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from hrm.errors import InvalidValue
 __all__ = ["decode_attention", "decode_attention_torch", "native_kernel"]
 
 _TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
-_VARIANTS = ("baseline", "avx2", "avx512")
+_VARIANTS = ("baseline", "avx2", "avx512", "avx512_bf16")
 _lock = threading.Lock()
 _library: ctypes.CDLL | None = None
 _tried = False
@@ -33,7 +33,7 @@ def native_kernel() -> str | None:
     Returns
     -------
     str or None
-        ``"avx512"``, ``"avx2"`` or ``"baseline"``. Builds the kernel if that has not happened yet.
+        ``"avx512_bf16"``, ``"avx512"``, ``"avx2"`` or ``"baseline"``. Builds the kernel if that has not happened yet.
 
     Raises
     ------

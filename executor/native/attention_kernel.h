@@ -7,7 +7,6 @@ constexpr int P = 2 * W;  // elements that are loaded at once: two vectors, whos
 constexpr int kTokens = 4;  // tokens that are scored in registers at once
 constexpr int kMany = 8;  // heads, and tokens, that meet in registers where queries are interleaved
 constexpr int kNear = 8;  // tokens whose keys all heads of a group see before the next ones
-constexpr int kKeysAhead = 8, kValuesAhead = 16;  // how many rows before their use they are asked for
 constexpr float kLog2e = 1.44269504088896341f;
 
 // 2^x for x <= 0, to about one unit in the last place; at least 2^-126.
@@ -63,78 +62,76 @@ static void write(const float* from, int64_t size, float factor, typename D::T* 
     }
 }
 
-// Asks for what one load2 of some row will want.
-template <class D>
-INLINE void ask_for(const typename D::T* at) {
-    for (int i = 0; i < P; i += kCacheLine / static_cast<int>(sizeof(*at))) __builtin_prefetch(at + i, 0, 3);
+// Asks for as much of the next block as one load2 takes. It comes no nearer than the second cache: in the first, rows
+// that lie a power of two apart drive each other out.
+template <class T>
+INLINE void ask_for_next(const T* at) {
+    for (int i = 0; i < P; i += kCacheLine / static_cast<int>(sizeof(T))) __builtin_prefetch(at + i, 0, 2);
 }
 
-// Asks for as much of what the next block reads, which need not come near yet.
-template <class D>
-INLINE void ask_for_next(const typename D::T* at) {
-    for (int i = 0; i < P; i += kCacheLine / static_cast<int>(sizeof(*at))) __builtin_prefetch(at + i, 0, 2);
-}
-
-// Rows of one head in a block of tokens. `gap` elements lie between the block's end and the rows that come next.
+// Rows of one head in a block of tokens.
 template <class D>
 struct Rows {
     const typename D::T* at;
-    int64_t stride, count, gap;
+    int64_t stride, count;
 
     const typename D::T* operator[](int64_t t) const { return at + t * stride; }
-    // From row t to the one that is used `by` rows later.
-    int64_t ahead(int64_t t, int64_t by) const { return by * stride + (t + by < count ? 0 : gap); }
-    Rows shifted(int64_t elements) const { return {at + elements, stride, count, gap}; }
+    Rows shifted(int64_t elements) const { return {at + elements, stride, count}; }
 };
 
-// scores[h][t] = queries[h] . keys[t] for H heads and four tokens from `first` on; `dim` is a multiple of P.
-template <class D, int H, bool Ahead>
+// scores[h][t] = queries[h] . keys[t] for H heads and four tokens from `first` on; `dim` is a multiple of P. With Next,
+// `next` is read through as far as these keys are long.
+template <class D, int H, bool Next>
 INLINE void score_tile(const float* queries, int64_t query_stride, const Rows<D>& keys, int64_t first, int64_t dim,
-                       float* scores) {
+                       float* scores, const typename D::T* next) {
     // Behind the last token it is read again; softmax hides what comes of it.
     const typename D::T* row[kTokens];
     for (int t = 0; t < kTokens; ++t) row[t] = keys[first + t < keys.count ? first + t : keys.count - 1];
-    const int64_t ahead = keys.ahead(first, kKeysAhead);
     V sum[H][kTokens];
     for (int h = 0; h < H; ++h)
         for (int t = 0; t < kTokens; ++t) sum[h][t] = set1(0.0f);
     for (int64_t i = 0; i < dim; i += P) {
-        V qa[H], qb[H];
-        for (int h = 0; h < H; ++h)
-            qa[h] = load(queries + h * query_stride + i), qb[h] = load(queries + h * query_stride + i + W);
+        typename D::Elements query[H];
+        for (int h = 0; h < H; ++h) query[h] = D::query(queries + h * query_stride, i);
         for (int t = 0; t < kTokens; ++t) {
-            V a, b;
-            D::load2(row[t] + i, a, b);
-            if (Ahead) ask_for<D>(row[t] + ahead + i);
-            for (int h = 0; h < H; ++h) sum[h][t] = fma(qb[h], b, fma(qa[h], a, sum[h][t]));
+            const typename D::Elements key = D::key(row[t] + i);
+            if (Next) ask_for_next(next), next += P;
+            for (int h = 0; h < H; ++h) sum[h][t] = D::dot(sum[h][t], query[h], key);
         }
     }
     for (int h = 0; h < H; ++h) sums4(sum[h][0], sum[h][1], sum[h][2], sum[h][3], scores + h * kBlock + first);
 }
 
-template <class D, int H, bool Ahead>
+template <class D, int H, bool Next>
 static void score_heads(const float* queries, int64_t query_stride, const Rows<D>& keys, int64_t first, int64_t last,
-                        int64_t dim, float* scores) {
+                        int64_t dim, float* scores, const typename D::T* next) {
     for (int64_t t = first; t < last; t += kTokens)
-        score_tile<D, H, Ahead>(queries, query_stride, keys, t, dim, scores);
+        score_tile<D, H, Next>(queries, query_stride, keys, t, dim, scores, next + t * dim);
 }
 
 // Scores of a block for one key head and the `group` query heads that share it. A few tokens at a time, so that their
-// keys stay in the nearest cache while all heads pass by.
-template <class D, bool Ahead>
+// keys stay in the nearest cache while all heads pass by. The first heads ask for what comes next.
+template <class D, bool Next>
 static void score(const float* queries, int64_t query_stride, int64_t group, const Rows<D>& keys, int64_t dim,
-                  float* scores, Prefetch& prefetch) {
+                  float* scores, const typename D::T* next, Prefetch& prefetch) {
     for (int64_t t = 0; t < keys.count; t += kNear) {
         const int64_t last = t + kNear < keys.count ? t + kNear : keys.count;
         int64_t h = 0;
+        if (Next && group >= kHeads) {
+            score_heads<D, kHeads, true>(queries, query_stride, keys, t, last, dim, scores, next);
+            h = kHeads;
+        } else if (Next) {
+            score_heads<D, 1, true>(queries, query_stride, keys, t, last, dim, scores, next);
+            h = 1;
+        }
         for (; h + kHeads <= group; h += kHeads) {
-            score_heads<D, kHeads, Ahead>(queries + h * query_stride, query_stride, keys, t, last, dim,
-                                             scores + h * kBlock);
+            score_heads<D, kHeads, false>(queries + h * query_stride, query_stride, keys, t, last, dim,
+                                          scores + h * kBlock, next);
             prefetch.step();
         }
         for (; h < group; ++h)
-            score_heads<D, 1, Ahead>(queries + h * query_stride, query_stride, keys, t, last, dim,
-                                        scores + h * kBlock);
+            score_heads<D, 1, false>(queries + h * query_stride, query_stride, keys, t, last, dim,
+                                     scores + h * kBlock, next);
         prefetch.step();
     }
 }
@@ -164,7 +161,7 @@ __attribute__((noinline)) static void score_interleaved_tile(const float* querie
     const typename D::T* row = keys[first];
     const int64_t stride = keys.stride;
     for (int64_t i = 0; i < dim; i += P, row += P) {
-        for (int t = 0; t < T; ++t, next += P) ask_for_next<D>(next);
+        for (int t = 0; t < T; ++t, next += P) ask_for_next(next);
         const float *of_low = queries + i, *of_high = of_low + 4 * query_stride;
         // Unrolled, it would want more registers than there are.
 #pragma GCC unroll 1
@@ -256,25 +253,25 @@ static void softmax(float* scores, int64_t group, int64_t count, float* maxima, 
 }
 
 // sums[h] = rescale[h] * sums[h] + weights[h] . values for H heads and C elements times two vectors.
-template <class D, int H, int C, bool Ahead, bool Next = false>
+template <class D, int H, int C, bool Next>
 static void value_tile(const float* weights, const float* rescale, const Rows<D>& values, float* sums,
-                       int64_t sum_stride, const typename D::T* next = nullptr) {
+                       int64_t sum_stride, const typename D::T* next) {
     V sum[H][2 * C];
     for (int h = 0; h < H; ++h)
         for (int c = 0; c < 2 * C; ++c) sum[h][c] = set1(0.0f);
     const typename D::T* row = values.at;
-    for (int64_t t = 0; t < values.count; ++t, row += values.stride) {
-        V weight[H];
-        for (int h = 0; h < H; ++h) weight[h] = set1(weights[h * kBlock + t]);
-        const int64_t ahead = values.ahead(t, kValuesAhead);
+    for (int64_t t = 0; t < values.count; t += D::kRows, row += D::kRows * values.stride) {
+        const typename D::T* other = t + 1 < values.count ? row + values.stride : row;
+        typename D::Weight weight[H];
+        for (int h = 0; h < H; ++h) weight[h] = D::weight(weights + h * kBlock, t);
         for (int c = 0; c < C; ++c) {
-            V a, b;
-            D::load2(row + c * P, a, b);
-            if (Ahead) ask_for<D>(row + ahead + c * P);
-            if (Next) ask_for_next<D>(next), next += P;
+            typename D::Values a, b;
+            D::values(row + c * P, other + c * P, a, b);
+            if (Next)
+                for (int r = 0; r < D::kRows; ++r, next += P) ask_for_next(next);
             for (int h = 0; h < H; ++h) {
-                sum[h][2 * c] = fma(weight[h], a, sum[h][2 * c]);
-                sum[h][2 * c + 1] = fma(weight[h], b, sum[h][2 * c + 1]);
+                sum[h][2 * c] = D::weighted(sum[h][2 * c], weight[h], a);
+                sum[h][2 * c + 1] = D::weighted(sum[h][2 * c + 1], weight[h], b);
             }
         }
     }
@@ -285,33 +282,43 @@ static void value_tile(const float* weights, const float* rescale, const Rows<D>
         }
 }
 
-template <class D, int H, int C, bool Ahead>
+template <class D, int H, int C, bool Next>
 INLINE void value_column(const float* weights, const float* rescale, int64_t group, const Rows<D>& values, float* sums,
-                         int64_t sum_stride, Prefetch& prefetch) {
+                         int64_t sum_stride, const typename D::T* next, Prefetch& prefetch) {
     int64_t h = 0;
+    if (Next && group >= H) {
+        value_tile<D, H, C, true>(weights, rescale, values, sums, sum_stride, next);
+        h = H;
+    } else if (Next) {
+        value_tile<D, 1, C, true>(weights, rescale, values, sums, sum_stride, next);
+        h = 1;
+    }
     for (; h + H <= group; h += H) {
-        value_tile<D, H, C, Ahead>(weights + h * kBlock, rescale + h, values, sums + h * sum_stride, sum_stride);
+        value_tile<D, H, C, false>(weights + h * kBlock, rescale + h, values, sums + h * sum_stride, sum_stride, next);
         prefetch.step();
     }
     for (; h < group; ++h)
-        value_tile<D, 1, C, Ahead>(weights + h * kBlock, rescale + h, values, sums + h * sum_stride, sum_stride);
+        value_tile<D, 1, C, false>(weights + h * kBlock, rescale + h, values, sums + h * sum_stride, sum_stride, next);
     prefetch.step();
 }
 
-// Weighted values of a block for one value head; `dim` is a multiple of P.
-template <class D, bool Ahead>
+// Weighted values of a block for one value head; `dim` is a multiple of P. With Next, `next` is read through as far as
+// these values are long.
+template <class D, bool Next>
 static void add_values(const float* weights, const float* rescale, int64_t group, const Rows<D>& values, int64_t dim,
-                       float* sums, int64_t sum_stride, Prefetch& prefetch) {
+                       float* sums, int64_t sum_stride, const typename D::T* next, Prefetch& prefetch) {
     int64_t i = 0;
     // Whole groups of many heads take narrow columns, so that every element of a row is fetched and converted once.
-    if (Ahead && group % (2 * kHeads) == 0)
+    if (Next && group % (2 * kHeads) == 0)
         for (; i < dim; i += P)
-            value_column<D, 2 * kHeads, 1, Ahead>(weights, rescale, group, values.shifted(i), sums + i, sum_stride,
-                                                  prefetch);
+            value_column<D, 2 * kHeads, 1, Next>(weights, rescale, group, values.shifted(i), sums + i, sum_stride,
+                                                 next + i * values.count, prefetch);
     for (; i + 2 * P <= dim; i += 2 * P)
-        value_column<D, kHeads, 2, Ahead>(weights, rescale, group, values.shifted(i), sums + i, sum_stride, prefetch);
+        value_column<D, kHeads, 2, Next>(weights, rescale, group, values.shifted(i), sums + i, sum_stride,
+                                         next + i * values.count, prefetch);
     if (i < dim)
-        value_column<D, kHeads, 1, Ahead>(weights, rescale, group, values.shifted(i), sums + i, sum_stride, prefetch);
+        value_column<D, kHeads, 1, Next>(weights, rescale, group, values.shifted(i), sums + i, sum_stride,
+                                         next + i * values.count, prefetch);
 }
 
 // add_values() for groups of kMany heads: every element of a row is fetched and converted once. `next` is read through
@@ -321,59 +328,82 @@ static void add_values_to_many(const float* weights, const float* rescale, int64
                                int64_t dim, float* sums, int64_t sum_stride, const typename D::T* next) {
     for (int64_t i = 0; i < dim; i += P)
         for (int64_t h = 0; h < group; h += kMany)
-            value_tile<D, kMany, 1, false, true>(weights + h * kBlock, rescale + h, values.shifted(i),
-                                                 sums + h * sum_stride + i, sum_stride, next + i * values.count);
+            value_tile<D, kMany, 1, true>(weights + h * kBlock, rescale + h, values.shifted(i),
+                                          sums + h * sum_stride + i, sum_stride, next + i * values.count);
 }
 
-// Whether queries are interleaved: where many heads share keys that are not converted beforehand. The next block is
-// asked for from its beginning to its end meanwhile, which memory likes best; so nothing may lie between its rows.
+// Whether a block is converted to floats before it is used.
+template <class D>
+static bool staged(const Problem& p) {
+    return p.staged(P, sizeof(typename D::T), D::kPaired);
+}
+
+// Whether queries are interleaved: where many heads share keys that are not converted beforehand.
 template <class D>
 static bool interleaves(const Problem& p) {
-    return kInterleaves<D> && p.group() % kMany == 0 && !p.staged(P, sizeof(typename D::T)) &&
-           p.kv_stride == p.kv_heads * (p.key_dim + p.value_dim);
+    return D::kInterleaved && p.group() % kMany == 0 && !staged<D>(p);
 }
 
-// One block of tokens for all heads; `after` are the rows that come next.
+// The queries of one sequence, as score() wants them.
+template <class D>
+static void prepare(const Problem& p, const typename D::T* q, float* queries) {
+    const int64_t stride = padded(p.key_dim);
+    for (int64_t h = 0; h < p.heads; ++h, q += p.key_dim)
+        if (D::kPaired && !staged<D>(p))
+            std::memcpy(queries + h * stride, q, p.key_dim * sizeof(*q));
+        else
+            convert<D>(q, p.key_dim, p.scale * kLog2e, queries + h * stride);
+    if constexpr (D::kInterleaved)
+        if (interleaves<D>(p)) interleave<D>(queries, stride, p.heads, p.key_dim);
+}
+
+// One block of tokens for all heads; `after` are the rows that come next. They are asked for from their beginning to
+// their end meanwhile, in the order in which they lie, which memory likes best.
 template <class D>
 static void attend_block(const Problem& p, const Buffers& buffers, const State& state, const typename D::T* rows,
                          int64_t count, const typename D::T* after, Prefetch& prefetch) {
     const int64_t group = p.group(), key_stride = padded(p.key_dim), value_stride = padded(p.value_dim);
-    const int64_t gap = (after - rows) - count * p.kv_stride;
     // Converted once where many heads read the same numbers, and where a head ends within a vector.
-    const bool staged = p.staged(P, sizeof(typename D::T));
+    const bool is_staged = staged<D>(p);
     for (int64_t g = 0; g < p.kv_heads; ++g) {
         const int64_t first = g * group, value_at = p.value_offset + g * p.value_dim;
         const float* queries = buffers.queries + first * key_stride;
-        float* sums = state.sums + first * value_stride;
+        float *scores = buffers.scores, *sums = state.sums + first * value_stride;
         float* maxima = state.maxima + g * padded(group);
         float* denominators = state.denominators + g * padded(group);
-        const Rows<D> keys{rows + g * p.key_dim, p.kv_stride, count, gap};
+        const Rows<D> keys{rows + g * p.key_dim, p.kv_stride, count};
         const Rows<D> values = keys.shifted(value_at - g * p.key_dim);
-        if (staged) {
+        // What this head reads is long enough to ask for as much of the next block; latent values are keys.
+        const typename D::T* next = after + g * count * (p.key_dim + p.value_dim);
+        const typename D::T* next_values = p.values_in_keys() ? after : next + count * p.key_dim;
+        if (is_staged) {
             const bool shared = p.values_in_keys();
             for (int64_t t = 0; t < count; ++t) {
                 convert<D>(keys[t], p.key_dim, 1.0f, buffers.keys + t * key_stride);
                 if (!shared) convert<D>(values[t], p.value_dim, 1.0f, buffers.values + t * value_stride);
             }
+            using Floats = Widened<F32>;
             const int64_t key_dim = (p.key_dim + P - 1) / P * P, value_dim = (p.value_dim + P - 1) / P * P;
-            const Rows<F32> near_keys{buffers.keys, key_stride, count, 0};
-            const Rows<F32> near_values{buffers.values, value_stride, count, 0};
-            score<F32, false>(queries, key_stride, group, near_keys, key_dim, buffers.scores, prefetch);
-            softmax(buffers.scores, group, count, maxima, denominators, buffers.rescale, buffers.found);
-            add_values<F32, false>(buffers.scores, buffers.rescale, group, shared ? near_keys : near_values,
-                                   value_dim, sums, value_stride, prefetch);
+            const Rows<Floats> near_keys{buffers.keys, key_stride, count};
+            const Rows<Floats> near_values{buffers.values, value_stride, count};
+            score<Floats, false>(queries, key_stride, group, near_keys, key_dim, scores, nullptr, prefetch);
+            softmax(scores, group, count, maxima, denominators, buffers.rescale, buffers.found);
+            add_values<Floats, false>(scores, buffers.rescale, group, shared ? near_keys : near_values, value_dim,
+                                      sums, value_stride, nullptr, prefetch);
         } else if (interleaves<D>(p)) {
-            if constexpr (kInterleaves<D>) {
-                const typename D::T* next = after + g * count * (p.key_dim + p.value_dim);
-                score_interleaved<D>(queries, key_stride, group, keys, p.key_dim, buffers.scores, next);
-                softmax(buffers.scores, group, count, maxima, denominators, buffers.rescale, buffers.found);
-                add_values_to_many<D>(buffers.scores, buffers.rescale, group, values, p.value_dim, sums, value_stride,
-                                      next + count * p.key_dim);
+            if constexpr (D::kInterleaved) {
+                score_interleaved<D>(queries, key_stride, group, keys, p.key_dim, scores, next);
+                softmax(scores, group, count, maxima, denominators, buffers.rescale, buffers.found);
+                add_values_to_many<D>(scores, buffers.rescale, group, values, p.value_dim, sums, value_stride,
+                                      next_values);
             }
         } else {
-            score<D, true>(queries, key_stride, group, keys, p.key_dim, buffers.scores, prefetch);
-            softmax(buffers.scores, group, count, maxima, denominators, buffers.rescale, buffers.found);
-            add_values<D, true>(buffers.scores, buffers.rescale, group, values, p.value_dim, sums, value_stride,
+            score<D, true>(queries, key_stride, group, keys, p.key_dim, scores, next, prefetch);
+            if constexpr (D::kPaired) D::scale(scores, group * kBlock, p.scale * kLog2e);
+            softmax(scores, group, count, maxima, denominators, buffers.rescale, buffers.found);
+            if constexpr (D::kPaired)
+                for (int64_t h = 0; h < group; ++h) D::round_weights(scores + h * kBlock);
+            add_values<D, true>(scores, buffers.rescale, group, values, p.value_dim, sums, value_stride, next_values,
                                 prefetch);
         }
     }
@@ -418,8 +448,8 @@ static void work(Job& job, float* scratch) {
     using T = typename D::T;
     const Problem& p = job.problem;
     const Buffers buffers(p, scratch);
-    const int64_t pieces = job.pieces.size(), key_stride = padded(p.key_dim);
-    const int64_t tiles = p.staged(P, sizeof(T)) ? p.kv_heads * (p.group() / kHeads + 1) : 0;
+    const int64_t pieces = job.pieces.size();
+    const int64_t tiles = staged<D>(p) ? p.kv_heads * (p.group() / kHeads + 1) : 0;
     const int64_t head_end = p.kv_heads * p.key_dim, value_end = p.value_offset + p.kv_heads * p.value_dim;
     const int64_t row_bytes = (head_end > value_end ? head_end : value_end) * sizeof(T);
     const T* kv = static_cast<const T*>(p.kv);
@@ -428,11 +458,7 @@ static void work(Job& job, float* scratch) {
         const Piece piece = job.pieces[index];
         int64_t next = 0;
         if (piece.sequence != converted) {
-            const T* q = static_cast<const T*>(p.q) + piece.sequence * p.q_stride;
-            for (int64_t h = 0; h < p.heads; ++h)
-                convert<D>(q + h * p.key_dim, p.key_dim, p.scale * kLog2e, buffers.queries + h * key_stride);
-            if constexpr (kInterleaves<D>)
-                if (interleaves<D>(p)) interleave<D>(buffers.queries, key_stride, p.heads, p.key_dim);
+            prepare<D>(p, static_cast<const T*>(p.q) + piece.sequence * p.q_stride, buffers.queries);
             converted = piece.sequence;
         }
         const State state(p, piece.part < 0 ? buffers.state : job.parts + piece.part * part_floats(p));
@@ -473,7 +499,7 @@ static void work(Job& job, float* scratch) {
 }
 
 static void work_on(int type, Job& job, float* scratch) {
-    if (type == 0) work<F32>(job, scratch);
-    if (type == 1) work<BF16>(job, scratch);
-    if (type == 2) work<F16>(job, scratch);
+    if (type == 0) work<Widened<F32>>(job, scratch);
+    if (type == 1) work<Bfloat16>(job, scratch);
+    if (type == 2) work<Widened<F16>>(job, scratch);
 }

@@ -30,9 +30,11 @@ struct Problem {
     // Where a head's maximum and denominator stand: every group begins with a whole vector.
     int64_t place(int64_t head) const { return head / group() * padded(group()) + head % group(); }
     int64_t places() const { return kv_heads * padded(group()); }
-    // Whether a block is converted to floats, in whole pairs of vectors (`pair` elements), before it is used.
-    bool staged(int64_t pair, size_t element) const {
-        return key_dim % pair != 0 || value_dim % pair != 0 || (group() > 8 && (element < 4 || kv_heads == 1));
+    // Whether a block is converted to floats, in whole pairs of vectors (`pair` elements), before it is used: heads end
+    // within them, or many heads would convert the same elements again.
+    bool staged(int64_t pair, size_t element, bool never_widened) const {
+        const bool many = group() > 8 && (element < 4 || kv_heads == 1);
+        return key_dim % pair != 0 || value_dim % pair != 0 || (many && !never_widened);
     }
     // Latent attention: the values are a part of the keys.
     bool values_in_keys() const { return kv_heads == 1 && value_offset == 0 && value_dim <= key_dim; }

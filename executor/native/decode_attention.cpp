@@ -20,6 +20,8 @@ namespace attention {
 
 namespace baseline {
 #include "simd_baseline.h"
+#include "widened.h"
+using Bfloat16 = Widened<BF16>;
 #include "attention_kernel.h"
 }  // namespace baseline
 
@@ -35,6 +37,8 @@ namespace attention {
 #pragma GCC target("avx2,fma,f16c")
 namespace avx2 {
 #include "simd_avx2.h"
+#include "widened.h"
+using Bfloat16 = Widened<BF16>;
 #include "attention_kernel.h"
 }  // namespace avx2
 #pragma GCC pop_options
@@ -43,21 +47,33 @@ namespace avx2 {
 #pragma GCC target("avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl,prefer-vector-width=512")
 namespace avx512 {
 #include "simd_avx512.h"
+#include "widened.h"
+using Bfloat16 = Widened<BF16>;
 #include "attention_kernel.h"
 }  // namespace avx512
 #pragma GCC pop_options
+
+#pragma GCC push_options
+#pragma GCC target("avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,prefer-vector-width=512")
+namespace avx512_bf16 {
+#include "simd_avx512_bf16.h"
+#include "widened.h"
+using Bfloat16 = PairedBF16;
+#include "attention_kernel.h"
+}  // namespace avx512_bf16
+#pragma GCC pop_options
 #endif
 
-// 0: baseline, 1: AVX2, 2: AVX-512.
+// 0: baseline, 1: AVX2, 2: AVX-512, 3: AVX-512 with products of bfloat16.
 static int find_variant() {
 #ifdef ATTENTION_X86
     unsigned a, b, c, d;
     const bool half = __get_cpuid(1, &a, &b, &c, &d) && (c & bit_F16C);
     if (!half || !__builtin_cpu_supports("avx2") || !__builtin_cpu_supports("fma")) return 0;
-    return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-                   __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl")
-               ? 2
-               : 1;
+    if (!__builtin_cpu_supports("avx512f") || !__builtin_cpu_supports("avx512bw") ||
+        !__builtin_cpu_supports("avx512dq") || !__builtin_cpu_supports("avx512vl"))
+        return 1;
+    return __builtin_cpu_supports("avx512bf16") ? 3 : 2;
 #else
     return 0;
 #endif
@@ -101,6 +117,7 @@ static void help(void* context) {
     float* scratch = buffers_of_thread.floats(Buffers::floats(call.job.problem));
     if (!scratch) return;  // the caller has its own already and does this thread's share
 #ifdef ATTENTION_X86
+    if (call.variant == 3) return avx512_bf16::work_on(call.type, call.job, scratch);
     if (call.variant == 2) return avx512::work_on(call.type, call.job, scratch);
     if (call.variant == 1) return avx2::work_on(call.type, call.job, scratch);
 #endif
