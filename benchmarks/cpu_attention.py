@@ -2,8 +2,8 @@
 
     python benchmarks/cpu_attention.py [--quick] [--out FILE.json]
 
-Everything takes its turn in every round, after a pause and a call that is not timed, but for calls that take long,
-which come after. Medians over the rounds are reported. A round during which other programs used the machine is
+Everything takes its turn in every round, after a pause and as many calls that are not timed, but for calls that take
+long, which come after. Medians over the rounds are reported. A round during which other programs used the machine is
 repeated; those during which they used it least count, with how much that was. The ceiling is what the same number of
 threads read (a sum) or copy (bytes read plus bytes written), whichever is less, in the same round. KV lies in arenas
 several times as large as the last-level cache, and every call takes the next layer. torch's ways get the keys and
@@ -172,7 +172,8 @@ class Ceilings:
 
 def _seconds(call: Callable[[], None], repeats: int) -> float:
     time.sleep(_PAUSE_S)
-    call()  # wakes the threads that it needs
+    for _ in range(repeats):
+        call()  # wakes the threads that it needs, and processors that fell asleep
     started = time.perf_counter()
     for _ in range(repeats):
         call()

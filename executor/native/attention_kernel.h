@@ -136,11 +136,12 @@ static void score(const float* queries, int64_t query_stride, int64_t group, con
     }
 }
 
-// Queries of every four heads, in place: row j of the four gets the j-th quarters of all four's vectors.
+// Queries of every four heads, in place: row j of the four gets the j-th quarters of all four's vectors. A row has
+// `floats` floats, or as many pairs.
 template <class D>
-static void interleave(float* queries, int64_t stride, int64_t heads, int64_t dim) {
+static void interleave(float* queries, int64_t stride, int64_t heads, int64_t floats) {
     for (int64_t h = 0; h < heads; h += 4)
-        for (int64_t i = 0; i < dim; i += W) {
+        for (int64_t i = 0; i < floats; i += W) {
             float* at = queries + h * stride + i;
             V a = load(at), b = load(at + stride), c = load(at + 2 * stride), d = load(at + 3 * stride);
             D::interleave4(a, b, c, d);
@@ -150,7 +151,7 @@ static void interleave(float* queries, int64_t stride, int64_t heads, int64_t di
 
 // score_tile for kMany heads whose queries are interleaved and T tokens. A quarter of a vector of keys meets four heads
 // at once: keys are loaded and converted once for all heads, and few lanes are left to be added up in the end.
-template <class D, int T>
+template <class D, int T, bool Next>
 __attribute__((noinline)) static void score_interleaved_tile(const float* queries, int64_t query_stride,
                                                              const Rows<D>& keys, int64_t first, int64_t dim,
                                                              float* scores, const typename D::T* next) {
@@ -161,19 +162,19 @@ __attribute__((noinline)) static void score_interleaved_tile(const float* querie
     const typename D::T* row = keys[first];
     const int64_t stride = keys.stride;
     for (int64_t i = 0; i < dim; i += P, row += P) {
-        for (int t = 0; t < T; ++t, next += P) ask_for_next(next);
-        const float *of_low = queries + i, *of_high = of_low + 4 * query_stride;
+        if (Next)
+            for (int t = 0; t < T; ++t, next += P) ask_for_next(next);
+        const float *of_low = queries, *of_high = of_low + 4 * query_stride;
         // Unrolled, it would want more registers than there are.
 #pragma GCC unroll 1
         for (int j = 0; j < 4; ++j, of_low += query_stride, of_high += query_stride) {
-            const V low_a = load(of_low), low_b = load(of_low + W), high_a = load(of_high), high_b = load(of_high + W);
+            const typename D::Elements low_query = D::query(of_low, i), high_query = D::query(of_high, i);
             const typename D::T* at = row;
 #pragma GCC unroll 8
             for (int t = 0; t < T; ++t, at += stride) {
-                V a, b;
-                D::spread2(at, j, a, b);
-                low[t] = fma(low_b, b, fma(low_a, a, low[t]));
-                high[t] = fma(high_b, b, fma(high_a, a, high[t]));
+                const typename D::Elements key = D::spread(at, j);
+                low[t] = D::dot(low[t], low_query, key);
+                high[t] = D::dot(high[t], high_query, key);
             }
         }
     }
@@ -185,22 +186,29 @@ __attribute__((noinline)) static void score_interleaved_tile(const float* querie
     }
 }
 
+template <class D, bool Next>
+static void score_interleaved_heads(const float* queries, int64_t query_stride, const Rows<D>& keys, int64_t dim,
+                                    float* scores, const typename D::T* next) {
+    if (keys.count < kMany) {
+        for (int64_t t = 0; t < keys.count; ++t)
+            score_interleaved_tile<D, 1, Next>(queries, query_stride, keys, t, dim, scores, next + t * dim);
+        return;
+    }
+    for (int64_t t = 0; t < keys.count; t += kMany) {
+        // Some tokens come twice if kMany does not divide their number.
+        const int64_t first = t + kMany < keys.count ? t : keys.count - kMany;
+        score_interleaved_tile<D, kMany, Next>(queries, query_stride, keys, first, dim, scores, next + t * dim);
+    }
+}
+
 // score() with interleaved queries. `next` is read through as far as these keys are long.
 template <class D>
 static void score_interleaved(const float* queries, int64_t query_stride, int64_t group, const Rows<D>& keys,
                               int64_t dim, float* scores, const typename D::T* next) {
-    for (int64_t h = 0; h < group; h += kMany, queries += kMany * query_stride, scores += kMany * kBlock)
-        for (int64_t t = 0; t < keys.count;) {
-            if (keys.count < kMany) {
-                score_interleaved_tile<D, 1>(queries, query_stride, keys, t, dim, scores, next + t * dim);
-                ++t;
-            } else {
-                // Some tokens come twice if kMany does not divide their number.
-                const int64_t first = t + kMany < keys.count ? t : keys.count - kMany;
-                score_interleaved_tile<D, kMany>(queries, query_stride, keys, first, dim, scores, next + t * dim);
-                t += kMany;
-            }
-        }
+    score_interleaved_heads<D, true>(queries, query_stride, keys, dim, scores, next);
+    for (int64_t h = kMany; h < group; h += kMany)
+        score_interleaved_heads<D, false>(queries + h * query_stride, query_stride, keys, dim, scores + h * kBlock,
+                                          next);
 }
 
 // Greatest score of each of H heads.
@@ -321,17 +329,6 @@ static void add_values(const float* weights, const float* rescale, int64_t group
                                          next + i * values.count, prefetch);
 }
 
-// add_values() for groups of kMany heads: every element of a row is fetched and converted once. `next` is read through
-// as far as these values are long.
-template <class D>
-static void add_values_to_many(const float* weights, const float* rescale, int64_t group, const Rows<D>& values,
-                               int64_t dim, float* sums, int64_t sum_stride, const typename D::T* next) {
-    for (int64_t i = 0; i < dim; i += P)
-        for (int64_t h = 0; h < group; h += kMany)
-            value_tile<D, kMany, 1, true>(weights + h * kBlock, rescale + h, values.shifted(i),
-                                          sums + h * sum_stride + i, sum_stride, next + i * values.count);
-}
-
 // Whether a block is converted to floats before it is used.
 template <class D>
 static bool staged(const Problem& p) {
@@ -354,7 +351,7 @@ static void prepare(const Problem& p, const typename D::T* q, float* queries) {
         else
             convert<D>(q, p.key_dim, p.scale * kLog2e, queries + h * stride);
     if constexpr (D::kInterleaved)
-        if (interleaves<D>(p)) interleave<D>(queries, stride, p.heads, p.key_dim);
+        if (interleaves<D>(p)) interleave<D>(queries, stride, p.heads, D::floats(p.key_dim));
 }
 
 // One block of tokens for all heads; `after` are the rows that come next. They are asked for from their beginning to
@@ -390,15 +387,12 @@ static void attend_block(const Problem& p, const Buffers& buffers, const State& 
             softmax(scores, group, count, maxima, denominators, buffers.rescale, buffers.found);
             add_values<Floats, false>(scores, buffers.rescale, group, shared ? near_keys : near_values, value_dim,
                                       sums, value_stride, nullptr, prefetch);
-        } else if (interleaves<D>(p)) {
-            if constexpr (D::kInterleaved) {
-                score_interleaved<D>(queries, key_stride, group, keys, p.key_dim, scores, next);
-                softmax(scores, group, count, maxima, denominators, buffers.rescale, buffers.found);
-                add_values_to_many<D>(scores, buffers.rescale, group, values, p.value_dim, sums, value_stride,
-                                      next_values);
-            }
         } else {
-            score<D, true>(queries, key_stride, group, keys, p.key_dim, scores, next, prefetch);
+            bool scored = false;
+            if constexpr (D::kInterleaved)
+                if (interleaves<D>(p))
+                    score_interleaved<D>(queries, key_stride, group, keys, p.key_dim, scores, next), scored = true;
+            if (!scored) score<D, true>(queries, key_stride, group, keys, p.key_dim, scores, next, prefetch);
             if constexpr (D::kPaired) D::scale(scores, group * kBlock, p.scale * kLog2e);
             softmax(scores, group, count, maxima, denominators, buffers.rescale, buffers.found);
             if constexpr (D::kPaired)

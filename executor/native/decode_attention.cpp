@@ -53,6 +53,8 @@ using Bfloat16 = Widened<BF16>;
 }  // namespace avx512
 #pragma GCC pop_options
 
+#if __GNUC__ >= 11  // older ones do not know these instructions, or how to ask for them
+#define ATTENTION_BF16
 #pragma GCC push_options
 #pragma GCC target("avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,prefer-vector-width=512")
 namespace avx512_bf16 {
@@ -62,6 +64,7 @@ using Bfloat16 = PairedBF16;
 #include "attention_kernel.h"
 }  // namespace avx512_bf16
 #pragma GCC pop_options
+#endif
 #endif
 
 // 0: baseline, 1: AVX2, 2: AVX-512, 3: AVX-512 with products of bfloat16.
@@ -73,7 +76,10 @@ static int find_variant() {
     if (!__builtin_cpu_supports("avx512f") || !__builtin_cpu_supports("avx512bw") ||
         !__builtin_cpu_supports("avx512dq") || !__builtin_cpu_supports("avx512vl"))
         return 1;
-    return __builtin_cpu_supports("avx512bf16") ? 3 : 2;
+#ifdef ATTENTION_BF16
+    if (__builtin_cpu_supports("avx512bf16")) return 3;
+#endif
+    return 2;
 #else
     return 0;
 #endif
@@ -117,7 +123,9 @@ static void help(void* context) {
     float* scratch = buffers_of_thread.floats(Buffers::floats(call.job.problem));
     if (!scratch) return;  // the caller has its own already and does this thread's share
 #ifdef ATTENTION_X86
+#ifdef ATTENTION_BF16
     if (call.variant == 3) return avx512_bf16::work_on(call.type, call.job, scratch);
+#endif
     if (call.variant == 2) return avx512::work_on(call.type, call.job, scratch);
     if (call.variant == 1) return avx2::work_on(call.type, call.job, scratch);
 #endif

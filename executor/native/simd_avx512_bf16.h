@@ -5,7 +5,7 @@
 // As BF16, but never widened to be multiplied: sixteen pairs of elements meet in one instruction. Of every eight elements
 // the first four and the last four come apart, as they do when the rows of two tokens are paired. Weights are rounded.
 struct PairedBF16 : BF16 {
-    static constexpr bool kPaired = true, kInterleaved = false;
+    static constexpr bool kPaired = true, kInterleaved = true;
     static constexpr int kRows = 2;
     using Elements = __m512i;
     using Values = __m512i;
@@ -20,6 +20,10 @@ struct PairedBF16 : BF16 {
     }
     INLINE Elements query(const float* queries, int64_t i) { return key(reinterpret_cast<const T*>(queries) + i); }
     INLINE Elements key(const T* at) { return _mm512_loadu_si512(at); }
+    INLINE Elements spread(const T* at, int quarter) {
+        return _mm512_broadcast_i32x4(_mm_loadu_si128(reinterpret_cast<const __m128i*>(at + 8 * quarter)));
+    }
+    INLINE int64_t floats(int64_t size) { return size / 2; }
     INLINE V dot(V sum, Elements a, Elements b) { return _mm512_dpbf16_ps(sum, (__m512bh)a, (__m512bh)b); }
     INLINE void values(const T* row, const T* other, Values& a, Values& b) {
         const __m512i one = _mm512_loadu_si512(row), two = _mm512_loadu_si512(other);

@@ -15,6 +15,14 @@ struct Widened : S {
         S::load2(at, both.a, both.b);
         return both;
     }
+    // A quarter of a vector of keys, four times over.
+    INLINE Elements spread(const T* at, int quarter) {
+        Elements both;
+        S::spread2(at, quarter, both.a, both.b);
+        return both;
+    }
+    // Room for `size` elements of a query.
+    INLINE int64_t floats(int64_t size) { return size; }
     INLINE V dot(V sum, const Elements& q, const Elements& k) { return fma(q.b, k.b, fma(q.a, k.a, sum)); }
     INLINE void values(const T* row, const T*, V& a, V& b) { S::load2(row, a, b); }
     INLINE V weight(const float* weights, int64_t t) { return set1(weights[t]); }
