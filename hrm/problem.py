@@ -172,6 +172,7 @@ def throughput_problem(
     micro_batch: np.ndarray,
     micro_batches: np.ndarray,
     max_batch_size: int | None = None,
+    num_requests: int | None = None,
     gate: Gate | None = None,
 ) -> Problem:
     """Whole-run throughput: prefill and decode, contexts of all steps by Simpson's rule.
@@ -180,12 +181,20 @@ def throughput_problem(
     ----------
     micro_batch, micro_batches : ndarray
         Sizes μ and numbers G to choose from, one-dimensional.
+    max_batch_size : int, optional
+        Largest N.
+    num_requests : int, optional
+        Requests that there are: every micro-batch gets one of them, and the last may get less than μ.
     gate : Gate, optional
         Whose masks and buffers need room, see `hrm.memory.footprint`.
     """
     mu, g = np.asarray(micro_batch, dtype=float)[:, None], np.asarray(micro_batches, dtype=float)[None, :]
     n = mu * g
-    allowed = np.ones(n.shape, dtype=bool) if max_batch_size is None else n <= max_batch_size
+    allowed = np.ones(n.shape, dtype=bool)
+    if max_batch_size is not None:
+        allowed &= n <= max_batch_size
+    if num_requests is not None:
+        allowed &= (mu <= num_requests) & (n - mu < num_requests)
     times = TaskTimes(model, rates, hardware.num_gpus)
     prompt = workload.effective_prompt
     if workload.prompt_lens and not workload.padded:

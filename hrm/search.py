@@ -148,10 +148,8 @@ def plan(
     _check_request(model, workload, objective)
     if max_batch_size is not None and max_batch_size < 1:
         raise InvalidValue(f"'max_batch_size' must be >= 1: {max_batch_size}")
-    if num_requests is not None:
-        if num_requests < 1:
-            raise InvalidValue(f"'num_requests' must be >= 1: {num_requests}")
-        max_batch_size = min(num_requests, max_batch_size or num_requests)
+    if num_requests is not None and num_requests < 1:
+        raise InvalidValue(f"'num_requests' must be >= 1: {num_requests}")
     if resolution not in ("fine", "coarse"):
         raise InvalidValue(f"'resolution' must be 'fine' or 'coarse': {resolution!r}")
     if solver not in ("grid", "milp"):
@@ -163,7 +161,8 @@ def plan(
             "the authors' problem has attention on the CPU, experts on the GPU and requests without end; "
             "use the objective 'throughput'."
         )
-    limit = max_batch_size or _MAX_MICRO_BATCH * _MAX_MICRO_BATCHES
+    most = _MAX_MICRO_BATCH * _MAX_MICRO_BATCHES
+    limit = min(max_batch_size or most, num_requests or most)
 
     def search(machine: Hardware, sizes: np.ndarray, counts: np.ndarray) -> Plan:
         begun = time.perf_counter()
@@ -174,7 +173,15 @@ def plan(
         else:
             problems = [
                 throughput_problem(
-                    model, machine, rates, workload, place, max_batch_size=max_batch_size, gate=gate, **grids
+                    model,
+                    machine,
+                    rates,
+                    workload,
+                    place,
+                    max_batch_size=max_batch_size,
+                    num_requests=num_requests,
+                    gate=gate,
+                    **grids,
                 )
                 for place in placements(attention_on_gpu, ffn_on_gpu)
             ]
@@ -188,7 +195,10 @@ def plan(
             _explain_infeasible(model, machine, workload, problems[0])
         evaluated = sum(int(np.broadcast_to(problem.allowed, problem.shape).sum()) for problem in problems)
         request = _Request(model, machine, workload, rates, objective, gate)
-        return request.answer(_policy_of(found), started=begun, evaluated=evaluated, solver=solver)
+        policy = _policy_of(found)
+        if num_requests is not None:
+            policy = replace(policy, batch_size=min(policy.batch_size, num_requests))
+        return request.answer(policy, started=begun, evaluated=evaluated, solver=solver)
 
     def coarse(machine: Hardware, around: Policy | None = None) -> Plan:
         sizes = [grid_sizes(most, every_to=_COARSE) for most in (_MAX_MICRO_BATCH, _MAX_MICRO_BATCHES)]
@@ -406,11 +416,13 @@ def _soonest(
         if not np.isfinite(solved.seconds_per_token).any():
             continue
         mu, n = problem.micro_batch, problem.micro_batch * problem.micro_batches
-        whole, rest = np.divmod(num_requests, n)
+        n = np.minimum(n, num_requests)
+        whole, rest = np.divmod(num_requests, mu * problem.micro_batches)
         times = TaskTimes(model, rates, hardware.num_gpus)
+        parts = np.maximum(1, np.ceil(rest / mu))
         last = Sizes(
-            micro_batch=np.minimum(mu, np.maximum(rest, 1)),
-            micro_batches=np.maximum(1, np.ceil(rest / mu)),
+            micro_batch=np.maximum(rest, 1) / parts,
+            micro_batches=parts,
             prompt_len=prompt_tokens(workload, n) / n,
         )
         shares = (solved.weights_on_gpu, solved.kv_on_gpu)

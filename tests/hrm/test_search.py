@@ -271,6 +271,15 @@ def test_a_number_of_requests_is_answered_soonest(requests: int) -> None:
     assert seconds(chosen) <= seconds(endless) * 1.01
 
 
+@pytest.mark.parametrize("requests", [97, 503, 1009])
+def test_a_number_without_factors_is_no_worse(requests: int) -> None:
+    """A prime number of requests is answered nearly as fast, each, as a few less that divide evenly."""
+    workload = Workload.parse("77,32")
+    prime, round_number = (plan(MIXTRAL, L4, workload, num_requests=n) for n in (requests, requests // 8 * 8))
+    assert prime.policy.batch_size <= requests
+    assert speed(prime) >= 0.97 * speed(round_number)
+
+
 # -- how predictions scale -----------------------------------------------------------------------------
 
 
