@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -132,7 +133,16 @@ def test_a_kill_between_rounds_loses_no_run(tmp_path: Path, short_probe: None, m
     )
     monkeypatch.setattr(validation, "validation_cases", lambda *_: iter([case]))
     measured: list[Run] = []
-    run_case = Runs.measure
+    asked: list[int] = []
+    # The package has a function of the module's name.
+    module = importlib.import_module("executor.generate")
+    run_case, run_prompts = Runs.measure, module.generate
+
+    def counted(checkpoint: Any, prompts: list[list[int]], **options: Any) -> Any:
+        asked.append(len(prompts))
+        return run_prompts(checkpoint, prompts, **options)
+
+    monkeypatch.setattr(module, "generate", counted)
 
     def mortal(self: Runs, case: Case, **options: Any) -> Run:
         if len(measured) == 2:
@@ -147,6 +157,7 @@ def test_a_kill_between_rounds_loses_no_run(tmp_path: Path, short_probe: None, m
     with pytest.raises(KeyboardInterrupt):
         validate()
     assert not (out / "validation.json").exists()
+    assert asked == [2, 4, 4]  # one micro-batch makes the process warm
     conditions = json.loads((out / "cases.partial.jsonl").read_text().splitlines()[0])["conditions"]
     kept = KeptRuns(Records(out / "cases.partial.jsonl", conditions), out / "runs.partial")
     back = kept.find(measured[0].case, 0)
