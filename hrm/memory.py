@@ -129,11 +129,13 @@ def footprint(
     every = (*model.order, *model.encoder_order)
     travels = {kind: model.kind_travelling_bytes(kind, dense=traits.streams_dense) for kind in set(every)}
     whole = sum(travels[kind] for kind in every)
+    vectors = sum(model.kind_vector_bytes(kind) for kind in every) if traits.streams_dense else 0.0
     streamed = max(travels.values()) * WEIGHTS_STREAMED
     kv = kv_cache_bytes(model, batch_size, batch_tokens, gen_len)
     kv_each = kv_cache_bytes(model, batch_size, batch_tokens, gen_len, num_gpus=t)
     gpu: dict[str, Any] = {
-        "dense_weights": (model.weight_bytes - whole) / t,
+        # Biases and norms stay there even where matrices travel; the buffers have room for them, too.
+        "dense_weights": (model.weight_bytes - whole + vectors) / t,
         "resident_experts": (whole / t) * WEIGHTS_ON_GPU,
         "weight_buffers": (2 / t) * streamed,
         "hidden_states": batch_size * (model.hidden_bytes + 8.0),

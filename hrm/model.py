@@ -283,13 +283,19 @@ class MoEModel:
         return self.kinds[kind].ffn.experts_parameters * self.expert_element_bytes
 
     def kind_travelling_bytes(self, kind: int, *, dense: bool = False) -> float:
-        """Bytes of a layer's weights that may travel: its routed experts, with `dense` all matrices but norms."""
+        """Bytes of a layer's weights that may travel: its routed experts, with `dense` all but its norms."""
         layer = self.kinds[kind]
         size = self.kind_expert_bytes(kind)
         if dense:
             others = layer.attention.parameters + layer.ffn.shared_parameters + layer.ffn.router_parameters
             size += others * self.dense_element_bytes
         return size
+
+    def kind_vector_bytes(self, kind: int) -> float:
+        """Bytes of a layer's parameters of attention and router that are in no matrix: biases, norms, sinks."""
+        layer = self.kinds[kind]
+        router = layer.ffn.router_parameters - layer.ffn.num_experts * layer.ffn.hidden_size
+        return (layer.attention.other_parameters + max(0, router)) * self.dense_element_bytes
 
     def kind_kv_token_bytes(self, kind: int) -> float:
         """Bytes of one token's keys and values in a layer of `kind`."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import random
 from collections.abc import Callable, Sequence
 from functools import lru_cache
@@ -13,7 +14,9 @@ import torch
 
 from executor.checkpoint import Checkpoint
 from executor.generate import generate
-from hrm import Policy
+from executor.jobs import batches
+from hrm import BatchShape, Policy
+from hrm.memory import batch_footprint
 from tests.executor.family_configs import CONFIGS
 from tests.executor.reference_loop import from_pretrained
 
@@ -75,3 +78,28 @@ def test_tokens_equal_transformers(family_folder: Callable[[str], Path], family:
         eos_token_ids=[end],
     )  # fmt: skip
     assert result.outputs == until(expected, end)
+
+
+@pytest.mark.parametrize("family", CONFIGS)
+def test_one_batch_fits_the_memory_that_is_foretold(family_folder: Callable[[str], Path], family: str) -> None:
+    """To the byte: a run whose budget is its footprint is not refused, whatever streams and whatever stays.
+
+    Parts of the KV cache are left out: they are whole requests, of which a longer one may stay.
+    """
+    checkpoint = Checkpoint.open(family_folder(family))
+    lengths = (3, 9, 5, 7)
+    prompts = [list(range(1, length + 1)) for length in lengths]
+    for place, given in PLACES.items():
+        options = given | ({"kv_on_gpu": 1.0} if given.get("kv_on_gpu") else {})
+        system = place.split(",")[0]
+        whole = system == "deepspeed-zero"
+        for share in (0.0,) if "cache" in place else (0.0, 0.3, 1.0):
+            policy = Policy(batch_size=4, micro_batch_size=4 if whole else 2, weights_on_gpu=share, **options)
+            [groups] = batches(lengths, policy)
+            shape = BatchShape(tuple(tuple(lengths[i] for i in group) for group in groups), 2)
+            budget = math.ceil(batch_footprint(checkpoint.model, shape, policy, system=system).gpu_bytes)
+            result = generate(
+                checkpoint, prompts, gen_len=2, policy=policy, system=system, device="cpu", link_bandwidth=None,
+                device_memory=budget,
+            )  # fmt: skip
+            assert result.peak_memory["device_bytes"] <= budget, (place, share)
