@@ -16,7 +16,8 @@ struct PairedBF16 : BF16 {
         b = _mm512_castsi512_ps(_mm512_unpackhi_epi16(zero, whole));
     }
     INLINE void store2(T* at, V a, V b) {
-        _mm512_storeu_si512(at, _mm512_packus_epi32(_mm512_srli_epi32(upper(a), 16), _mm512_srli_epi32(upper(b), 16)));
+        const __m512i rounded = (__m512i)_mm512_cvtne2ps_pbh(b, a), order = _mm512_setr_epi64(0, 4, 1, 5, 2, 6, 3, 7);
+        _mm512_storeu_si512(at, _mm512_permutexvar_epi64(order, rounded));
     }
     INLINE Elements query(const float* queries, int64_t i) { return key(reinterpret_cast<const T*>(queries) + i); }
     INLINE Elements key(const T* at) { return _mm512_loadu_si512(at); }
