@@ -63,7 +63,8 @@ def decode_attention(
 
     A row of the arena is one token's cache of one layer: the keys of all heads, then the values of all heads. For
     latent attention there is one key head, and the values are the first elements of the keys (`value_offset` 0).
-    Query head h uses key head ``h // (n_q // num_kv_heads)``. Sums are kept in float32. The kernel does not hold the
+    Query head h uses key head ``h // (n_q // num_kv_heads)``. Sums are kept in float32; of
+    bfloat16 calls ``avx512_bf16`` rounds the softmax's weights to bfloat16. The kernel does not hold the
     interpreter's lock and may be called from several threads at once. There is no gradient.
 
     Parameters

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import shutil
 import uuid
-from dataclasses import asdict, fields
+from dataclasses import fields
 from pathlib import Path
-from typing import Any
 
 from experiments.records import Records
 from experiments.validation_cases import Case
@@ -36,7 +35,7 @@ class KeptRuns:
 
     def find(self, case: Case, number: int) -> Run | None:
         """The run of a case in a round, or None if it is not kept, or not whole."""
-        found = self._records.find(run_of=_plain(case), round=number)
+        found = self._records.find(run_of=case.key, round=number)
         if found is None:
             return None
         try:
@@ -56,13 +55,8 @@ class KeptRuns:
             for when in ("before", "after")
         }
         measured = {field.name: getattr(run, field.name) for field in fields(Run) if field.name not in _APART}
-        self._records.add(run_of=_plain(run.case), round=number, timeline=name, **passes, measured=measured)
+        self._records.add(run_of=run.case.key, round=number, timeline=name, **passes, measured=measured)
 
     def forget(self) -> None:
         """Delete the timelines; the records are not this object's."""
         shutil.rmtree(self._folder, ignore_errors=True)
-
-
-def _plain(case: Case) -> dict[str, Any]:
-    """A case as JSON gives it back."""
-    return asdict(case) | {"prompt_lens": list(case.prompt_lens)}

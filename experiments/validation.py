@@ -10,13 +10,11 @@ is run again.
 from __future__ import annotations
 
 import itertools
-import json
 import math
 import shlex
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -177,7 +175,7 @@ def _plan(model: MoEModel, machine: Hardware, device_memory: int | None, pace: f
 
 def _key(case: Case) -> str:
     """What a finished case is found by; the planner's choice moves with the probe, so that its name stands for it."""
-    return case.name if case.name == "planned" else json.dumps(asdict(case))
+    return case.name if case.name == "planned" else case.key
 
 
 def _save_timelines(case: Case, predicted: Timeline, measured: Timeline, out: Path) -> None:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from hrm import BatchShape, Policy, micro_batches
@@ -46,6 +47,11 @@ class Case:
             kv_on_gpu=self.kv_on_gpu,
             expert_slots=self.expert_slots,
         )
+
+    @property
+    def key(self) -> str:
+        """What it is found by on disk."""
+        return json.dumps(asdict(self))
 
     def lengths(self) -> list[int]:
         """Prompt length of each request."""

@@ -250,8 +250,8 @@ class Runs:
         )
 
     def _warm_up(self, case: Case) -> None:
-        """Run one micro-batch of a size that this process has not seen: a first prefill on a processor takes up to
-        two thirds longer, since memory is new and libraries make kernels for the sizes that they meet."""
+        """Run one micro-batch of a size that this process has not seen: a first prefill on a processor takes longer,
+        since memory is new and libraries make kernels for the sizes that they meet."""
         if self._device.type == "cuda" or case.micro_batch_size in self._warm:
             return
         from executor.generate import generate

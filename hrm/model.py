@@ -283,7 +283,7 @@ class MoEModel:
         return self.kinds[kind].ffn.experts_parameters * self.expert_element_bytes
 
     def kind_travelling_bytes(self, kind: int, *, dense: bool = False) -> float:
-        """Bytes of a layer's weights that may travel: its routed experts, with `dense` all but its norms."""
+        """Bytes of a layer's weights that may travel: its routed experts, with `dense` all but its layer norms."""
         layer = self.kinds[kind]
         size = self.kind_expert_bytes(kind)
         if dense:

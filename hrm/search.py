@@ -150,6 +150,8 @@ def plan(
         raise InvalidValue(f"'max_batch_size' must be >= 1: {max_batch_size}")
     if num_requests is not None and num_requests < 1:
         raise InvalidValue(f"'num_requests' must be >= 1: {num_requests}")
+    if num_requests is not None and max_batch_size is not None and max_batch_size >= num_requests:
+        max_batch_size = None  # no limit: a batch has no more than all requests
     if resolution not in ("fine", "coarse"):
         raise InvalidValue(f"'resolution' must be 'fine' or 'coarse': {resolution!r}")
     if solver not in ("grid", "milp"):
