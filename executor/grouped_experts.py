@@ -153,8 +153,9 @@ def sorted_ffn(
 ) -> torch.Tensor:
     """As `grouped_ffn`, in memory where token counts can be read: only the rows of `groups` are gathered at all.
 
-    Experts are added up in the order of `executor.kernels.moe_ffn`: in float32 results are the same to the last bit. In
-    shorter types what several experts make of a token is rounded once, not after each.
+    Experts are added up in the order of `executor.kernels.moe_ffn`: in float32 results are as near as two calls of BLAS
+    for the same product (a block of one row is a vector to one of them and a matrix to the other). In shorter types
+    what several experts make of a token is rounded once, not after each.
     """
     out = torch.zeros_like(x)
     chosen, order = expert_index.reshape(-1).sort(stable=True)
