@@ -238,10 +238,10 @@ def _forget(share, forget):  # type: ignore[no-untyped-def]
         part = share[first : first + _BLOCK]
         squares = np.int32(0)
         for i in range(len(part)):
-            off = np.int32(part[i] >> 8)
+            often = part[i]
+            off = np.int32(often >> 8)
             squares = np.int32(squares + np.int32(off * off))
-        for i in range(len(part)):
-            part[i] = np.int32(part[i] + np.int32(np.int32(-part[i]) >> forget))
+            part[i] = np.int32(often + np.int32(np.int32(-often) >> forget))
         whole += squares
     return whole
 
@@ -262,10 +262,27 @@ def _likeness_votes(met, before, weights, given):  # type: ignore[no-untyped-def
     total = 0
     passed = 0
     for j in range(count):
-        passed = weights[(np.int64(given[j]) * scale) >> 16] + (passed >> 1)
+        passed >>= 1
+        if given[j]:
+            passed += weights[(np.int64(given[j]) * scale) >> 16]
         given[j] = passed
         total += passed
     return total
+
+
+@compiled
+def _least(stays, held, slot_of):  # type: ignore[no-untyped-def]
+    """The slot whose expert stays least long; of several the one with the highest id.
+
+    Without a branch, which vector registers do many at a time.
+    """
+    least = stays[0]
+    for s in range(1, len(stays)):
+        least = min(least, stays[s])
+    highest = np.int32(-1)
+    for s in range(len(stays)):
+        highest = max(highest, held[s] if stays[s] == least else np.int32(-1))
+    return slot_of[highest]
 
 
 @compiled
@@ -324,28 +341,36 @@ def next_use(  # type: ignore[no-untyped-def]
     long_explains = np.int64(0)
     votes = np.zeros(num_experts, np.int32)
     slot_of = np.full(num_experts, -1, np.int64)
-    held = np.zeros(slots, np.uint32)
+    held = np.zeros(slots, np.int32)
     # What stays longest has most: a pending resident more than any other, and of several the lowest id.
     pending = np.int64(2**62)
     stays = np.zeros(slots, np.int64)
     used = 0
+    most = 0
+    for b in range(len(offsets) - 1):
+        most = max(most, offsets[b + 1] - offsets[b])
+    # Batches with so few experts never ask for the bits, or for the masks, of those before them.
+    needs_past, needs_masks = 4 * most * most >= words * num_experts, 12 * most >= num_experts
     for b in range(len(offsets) - 1):
         begin, end = offsets[b], offsets[b + 1]
         row = b % ring
-        if b >= ring:
-            for i in range(offsets[b - ring], offsets[b - ring + 1]):
-                masks[row, experts[i]] = 0
         now = past[row]
-        now[:] = 0
-        for i in range(begin, end):
-            masks[row, experts[i]] = -1
-            now[experts[i] >> 6] |= np.uint64(1) << np.uint64(experts[i] & 63)
+        if needs_masks:
+            if b >= ring:
+                for i in range(offsets[b - ring], offsets[b - ring + 1]):
+                    masks[row, experts[i]] = 0
+            for i in range(begin, end):
+                masks[row, experts[i]] = -1
+        if needs_past:
+            now[:] = 0
+            for i in range(begin, end):
+                now[experts[i] >> 6] |= np.uint64(1) << np.uint64(experts[i] & 63)
         count = min(b, window)
         oldest = b - count
         # Until the window is full, the oldest batch stays the same: the next one finds these moved by one.
         common, before = before, common
         met = common[1 : 1 + count] if b < window else common[:count]
-        if 4 * (end - begin) * (begin - offsets[oldest]) < count * words * num_experts:
+        if not needs_past or 4 * (end - begin) * (begin - offsets[oldest]) < count * words * num_experts:
             # Few accesses: each finds those before it to the same expert.
             met[:] = 0
             for i in range(begin, end):
@@ -396,26 +421,22 @@ def next_use(  # type: ignore[no-untyped-def]
                         ranked = True
                         total = _likeness_votes(met, before, weights, given)
                         votes[:] = 0
-                        if count and 12 * (end - offsets[oldest]) < count * num_experts:
+                        if not needs_masks or (count and 12 * (end - offsets[oldest]) < count * num_experts):
                             seen = slice(offsets[oldest + 1], end)
                             _vote_one_by_one(votes, experts[seen], batch_of[seen], given, oldest + 1)
                         else:
                             given[count : count + 3] = 0
                             _vote_by_rows(votes, masks, given, oldest % ring, count)
                         for s in range(slots):
-                            stays[s] = votes[held[s]] * one + (total + 1) * share[held[s]]
+                            resident = np.uint32(held[s])
+                            stays[s] = votes[resident] * one + (total + 1) * share[resident]
                         for other in range(begin, end):
                             s = slot_of[experts[other]]
                             if s >= 0 and other > i:
                                 stays[s] = pending + num_experts - 1 - experts[other]
                             elif s >= 0:
                                 stays[s] += (total + 1) * latest
-                    slot = 0
-                    least = stays[0]
-                    for s in range(1, slots):
-                        if stays[s] < least or (stays[s] == least and held[s] > held[slot]):
-                            least = stays[s]
-                            slot = s
+                    slot = _least(stays, held, slot_of)
                     slot_of[held[slot]] = -1
                 held[slot] = expert
                 slot_of[expert] = slot
