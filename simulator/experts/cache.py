@@ -13,6 +13,8 @@ from collections import deque
 from collections.abc import Collection, Sequence
 from typing import Any, ClassVar, NamedTuple
 
+import numpy as np
+
 from hrm.errors import InvalidValue, UnknownName
 
 __all__ = ["CACHE_POLICIES", "DEFAULT_POLICY", "Access", "CachePolicy", "ExpertCache", "cache_policy"]
@@ -119,6 +121,11 @@ class InactiveFirstLifo(_ByAdmission):
 
     def rank(self, expert: int, wanted: int) -> tuple[bool, int]:
         return expert not in self._active, self._admitted[expert]
+
+    def victim(self, wanted: int, resident: Collection[int]) -> int:
+        # As by rank; jobs wait for it, in every layer of every step.
+        inactive = [expert for expert in resident if expert not in self._active]
+        return max(inactive or resident, key=self._admitted.__getitem__)
 
 
 class Lru(CachePolicy):
@@ -237,13 +244,16 @@ class NextUse(CachePolicy):
 
     def __init__(self, slots: int, num_experts: int, *, future: Sequence[Sequence[int]] | None = None) -> None:
         super().__init__(slots, num_experts)
-        self._shares = [[0] * num_experts for _ in self.FORGET]
-        self._explained = [0 for _ in self.FORGET]
-        self._worth = [0] * num_experts
-        self._active: frozenset[int] = frozenset()
         self._window = self.window(num_experts)
-        self._past: deque[frozenset[int]] = deque(maxlen=self._window + 1)
-        self._common: list[int] = []
+        self._shares = np.zeros((len(self.FORGET), num_experts), np.int64)
+        self._explained = [0 for _ in self.FORGET]
+        self._active: frozenset[int] = frozenset()
+        # The batches looked back on and the one before them: experts one after the other, and how many each has.
+        self._experts = np.zeros(0, np.int64)
+        self._sizes: deque[int] = deque()
+        self._common = np.zeros(0, np.int64)
+        self._worth: list[int] = [0] * num_experts
+        self._places: list[int] | None = None
 
     @classmethod
     def window(cls, num_experts: int) -> int:
@@ -251,36 +261,72 @@ class NextUse(CachePolicy):
         return min(cls.WINDOW, 2 * num_experts)
 
     def start(self, active: Sequence[int]) -> None:
-        now = self._active = frozenset(active)
-        common = [len(now & past) for past in self._past]
-        # `_common` was counted one batch ago, when `_past` ended one batch earlier.
-        before = [0, *self._common][len(self._common) + 1 - len(common) :]
-        alike = [2 * ours + theirs for ours, theirs in zip(common, before, strict=True)][-self._window :]
-        scale = (64 << 16) // max([1, *alike])
-        votes, total, passed = [0] * self.num_experts, 0, 0
-        for likeness, following in zip(alike, [*self._past, now][-len(alike) :], strict=False):
-            passed = self.WEIGHTS[likeness * scale >> 16] + (passed >> 1)
-            total += passed
-            for expert in following:
-                votes[expert] += passed
+        self._active = frozenset(active)
+        now = np.array(active, np.int64)
+        share = self._follow(now)
+        share[now] += self.LATEST
+        common = self._in_common(now)
+        # `_common` was counted one batch ago, when what is looked back on began at most one batch earlier.
+        before = np.concatenate([[0], self._common])[len(self._common) + 1 - len(common) :]
+        alike = (2 * common + before)[-self._window :].tolist()
+        self._remember(now)
+        votes, total = self._votes(alike)
+        self._worth = (votes * self.ONE + (total + 1) * share).tolist()
+        self._places = None
+        self._common = common
+
+    def _follow(self, now: np.ndarray) -> np.ndarray:
+        """Count this batch, and what shares foretold of it; a copy of those that have foretold more."""
         for memory, (share, forget) in enumerate(zip(self._shares, self.FORGET, strict=True)):
             # The squares that are left over when shares, at their best scale, foretell this batch are fewer by this.
-            met = sum(share[expert] >> 8 for expert in now)
-            whole = sum((often >> 8) ** 2 for often in share)
+            met, whole = int((share[now] >> 8).sum()), int(((share >> 8) ** 2).sum())
             self._explained[memory] += (met * met << 8) // (whole + 1) - (self._explained[memory] >> self.JUDGE)
-            for expert in range(self.num_experts):
-                share[expert] += ((self.ONE if expert in now else 0) - share[expert]) >> forget
-        share = self._shares[1] if self._explained[1] > self._explained[0] else self._shares[0]
-        for expert, often in enumerate(share):
-            often += self.LATEST if expert in now else 0
-            self._worth[expert] = votes[expert] * self.ONE + (total + 1) * often
-        self._past.append(now)
-        self._common = common
+            used = np.zeros_like(share)
+            used[now] = self.ONE
+            share += (used - share) >> forget
+        return self._shares[1 if self._explained[1] > self._explained[0] else 0].copy()
+
+    def _in_common(self, now: np.ndarray) -> np.ndarray:
+        """Experts that each past batch has in common with this one."""
+        used = np.zeros(self.num_experts, np.int64)
+        used[now] = 1
+        so_far = np.concatenate([[0], used[self._experts].cumsum()])
+        ends = so_far[np.cumsum([0, *self._sizes])]
+        return ends[1:] - ends[:-1]
+
+    def _remember(self, now: np.ndarray) -> None:
+        self._sizes.append(len(now))
+        forgotten = self._sizes.popleft() if len(self._sizes) > self._window + 1 else 0
+        self._experts = np.concatenate([self._experts[forgotten:], now])
+
+    def _votes(self, alike: list[int]) -> tuple[np.ndarray, int]:
+        """Of the batches after those that are `alike`, the votes for every expert, and all that each batch gave."""
+        scale = (64 << 16) // max([1, *alike])
+        given, passed = [], 0
+        for likeness in alike:
+            passed = self.WEIGHTS[likeness * scale >> 16] + (passed >> 1)
+            given.append(passed)
+        if not given:
+            return np.zeros(self.num_experts, np.int64), 0
+        sizes = list(self._sizes)[-len(given) :]
+        following = self._experts[len(self._experts) - sum(sizes) :]
+        votes = np.bincount(following, np.repeat(given, sizes), self.num_experts)  # whole numbers, far below 2**53
+        return votes.astype(np.int64), sum(given)
 
     def rank(self, expert: int, wanted: int) -> tuple[bool, int, int]:
         if expert > wanted and expert in self._active:
             return False, 0, expert
         return True, -self._worth[expert], expert
+
+    def victim(self, wanted: int, resident: Collection[int]) -> int:
+        # As by rank; jobs wait for it, in every layer of every step.
+        if self._places is None:
+            order = sorted(range(self.num_experts - 1, -1, -1), key=self._worth.__getitem__)
+            self._places = [0] * self.num_experts
+            for place, expert in enumerate(order):
+                self._places[expert] = place
+        idle = [expert for expert in resident if expert <= wanted or expert not in self._active]
+        return min(idle, key=self._places.__getitem__) if idle else max(resident)
 
 
 CACHE_POLICIES: dict[str, type[CachePolicy]] = {
