@@ -129,6 +129,8 @@ class DeviceExperts:
         self._caches = {number: ExpertCache(self.policy, self.slots, count) for number in self._host}
         self._where: dict[int, dict[int, int]] = {number: {} for number in self._host}
         self._visits: dict[tuple[int, int, int], Visit] = {}
+        # Of the lane that brings experts, which may still be at it when the last piece has been computed.
+        self._coming: tuple[tuple[int, int, int], Visit] | None = None
 
     def _as_experts(self, pool: torch.Tensor) -> list[ExpertWeights]:
         layout = LayerWeights(replace(self._ffn, num_experts=len(pool), top_k=1, routing=None), (), 0)
@@ -157,20 +159,33 @@ class DeviceExperts:
         cuts = [min(i, misses) if misses < rest else misses * i // rest for i in range(rest + 1)]
         pieces = [[access for access in found if access.hit], *(missing[a:b] for a, b in pairwise(cuts))]
         starts = [0, *counts.cumsum(0).tolist()]
-        self._visits[step, layer, part] = Visit(pieces, starts, [])
+        visit = self._visits[step, layer, part] = Visit(pieces, starts, [])
+        self._coming = (step, layer, part), visit
+
+    def nothing_comes(self, step: int, layer: int, part: int, piece: int) -> bool:
+        """Whether a piece after the first lacks nothing; for the lane that calls `visit` and `bring`."""
+        return piece > 0 and not self._brought(step, layer, part).pieces[piece]
+
+    def nothing_to_compute(self, step: int, layer: int, part: int, piece: int) -> bool:
+        """The same for the lane that calls `compute`."""
+        return piece > 0 and not self._visits[step, layer, part].pieces[piece]
+
+    def _brought(self, step: int, layer: int, part: int) -> Visit:
+        assert self._coming is not None and self._coming[0] == (step, layer, part)
+        return self._coming[1]
 
     def bring(
         self, step: int, layer: int, part: int, piece: int, copy: Callable[[torch.Tensor, torch.Tensor], None]
     ) -> int:
         """Copy what a piece lacks into free slots, in increasing id; bytes copied.
 
-        Called in the order of the schedule, once the piece two before has been computed.
+        Called in the order of the schedule, once the piece two before has been computed, or earlier if nothing comes.
         """
-        # Nobody reads any more what left the cache two pieces ago.
+        # Nobody reads any more what left the cache two pieces ago, once something comes into it.
         self._free.extend(self._leaving.popleft())
         leaving: list[int] = []
         self._leaving.append(leaving)
-        visit, where = self._visits[step, layer, part], self._where[layer]
+        visit, where = self._brought(step, layer, part), self._where[layer]
         moved = 0
         if piece == 0:
             # Taken down now: later pieces may put some of these experts out.
@@ -203,7 +218,7 @@ class DeviceExperts:
             total.zero_()
             visit.order = index.reshape(-1).argsort(stable=True)
         assert visit.order is not None
-        for chunk in visit.chunks(piece):
+        for chunk in visit.chunks(piece) if visit.pieces[piece] else ():
             runs = [(self._views[slot], start, stop) for slot, start, stop in chunk]
             add_runs(total, x, visit.order, weight, runs, activation)
         if piece == self.num_pieces - 1:

@@ -23,10 +23,12 @@ from executor.machine import core_count
 from hrm.errors import InvalidValue
 from simulator.task import LANES, OPS, Lane, Op, Schedule
 
-__all__ = ["Failure", "Handler", "PacedLink", "lane_cores", "lane_threads", "run_lanes", "settle"]
+__all__ = ["Failure", "Handler", "Idle", "PacedLink", "lane_cores", "lane_threads", "run_lanes", "settle"]
 
 Handler = Callable[[int, int, int, float], None]
 """Runs a task: (step, layer, part, moment at which its dependencies were met)."""
+Idle = Callable[[int, int, int], bool]
+"""Whether a task, (step, layer, part), turns out to have nothing to do."""
 
 _WAKE_UP_SLACK_S = 3e-4
 _SPIN_S = 1e-4
@@ -164,6 +166,7 @@ def run_lanes(
     handlers: Mapping[Op, Handler],
     *,
     device: torch.device,
+    idle: Mapping[Op, Idle] | None = None,
     on_done: Callable[[Op, int, float], None] | None = None,
 ) -> tuple[np.ndarray, np.ndarray]:
     """Run every task of a schedule on its lane.
@@ -175,6 +178,9 @@ def run_lanes(
         What each class of task does.
     device : torch.device
         ``cuda``: GPU lanes are streams. ``cpu``: every lane is a host thread.
+    idle : mapping, optional
+        Asked, where there is one for a class, once the lane's tasks before have been issued. Its handler is called all
+        the same, but a task with nothing to do waits for none of its dependencies.
     on_done : callable, optional
         Called with (class, step, seconds) from the worker after each task, for progress bars; on CUDA streams the
         seconds are those of the launch.
@@ -207,9 +213,14 @@ def run_lanes(
     streams = _streams(device) if cuda else {}
     origin: Any = None
 
+    def needed(task: int) -> list[int]:
+        ask = idle.get(OPS[ops[task]]) if idle else None
+        nothing = ask is not None and ask(steps[task], layers[task], parts[task])
+        return [] if nothing else deps[first[task] : first[task + 1]]
+
     def host_task(task: int, handler: Handler) -> None:
         ready = 0.0
-        for dep in deps[first[task] : first[task + 1]]:
+        for dep in needed(task):
             if dep in signal and lanes[dep] != lanes[task]:
                 signal[dep].wait()
                 mark = marks[dep]
@@ -223,7 +234,7 @@ def run_lanes(
         end[task] = time.perf_counter()
 
     def stream_task(task: int, handler: Handler, stream: Any) -> None:
-        for dep in deps[first[task] : first[task + 1]]:
+        for dep in needed(task):
             if dep in signal and lanes[dep] != lanes[task]:
                 signal[dep].wait()
                 mark = marks[dep]

@@ -17,7 +17,7 @@ from executor.buffers import Buffers, Sizes
 from executor.checkpoint import Checkpoint
 from executor.compute import Compute, Reduce
 from executor.gating.meter import GatingMeter
-from executor.lanes import run_lanes
+from executor.lanes import Idle, run_lanes
 from executor.memory import DeviceMemory
 from executor.places import Places
 from executor.recording import RouteRecorder
@@ -132,7 +132,9 @@ class Runtime:
         started = time.time()
         handlers = {**self.transfers.handlers(), **self.compute.handlers()}
         try:
-            start, end = run_lanes(segment.schedule, handlers, device=self._memory.device, on_done=on_done)
+            start, end = run_lanes(
+                segment.schedule, handlers, device=self._memory.device, idle=self._idle, on_done=on_done
+            )
         except BaseException:
             self._memory.release(["token_ids"])
             raise
@@ -142,6 +144,10 @@ class Runtime:
             about["expert_cache"] = cache.counts.since(before).to_dict()
         timeline = Timeline(segment.schedule, start, end, moved, flops, source="measured", facts=about)
         return self.finish(), timeline
+
+    @property
+    def _idle(self) -> dict[Op, Idle]:
+        return {Op.LOAD_E: self.transfers.nothing_comes, Op.EXPERTS: self.compute.nothing_to_compute}
 
     def _work(self, segment: Segment) -> tuple[np.ndarray, np.ndarray]:
         """Bytes and FLOPs of each task, counted as for a prediction."""

@@ -147,6 +147,14 @@ class Transfers:
         )
         self.loaded[step, layer, number] = moved
 
+    def nothing_comes(self, step: int, layer: int, number: int) -> bool:
+        """Whether LoadExperts has nothing to load, and is not the one that looks."""
+        places, ffn, cache = self._places, self._places.model.layers[layer].ffn, self._places.weights.experts_cached
+        part, piece = places.piece(number)
+        if not places.rows(step, part) or not ffn.routed or cache is None:
+            return piece > 0
+        return cache.nothing_comes(step, layer, part, piece)
+
     # -- KV cache ----------------------------------------------------------------------------------
 
     def offload_prompt(self, step: int, layer: int, part: int, ready: float) -> None:

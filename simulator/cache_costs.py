@@ -137,12 +137,15 @@ def cached_seconds(
     brought = rates.transfer_s + expert / rates.h2d_bandwidth
     if rates.fetches_pageable:
         brought += expert / rates.staging_bandwidth
+    # Tasks of pieces that have no expert wait for nobody.
+    first = np.tile(np.arange(pieces) == 0, len(tokens))
+    handed_over = rates.task_s * np.where(first, 1.0, np.minimum(1.0, misses))
     single = active_experts(ffn, tokens) * rates.single_expert_s if ffn.routed else 0.0 * tokens
     computed = np.repeat(times.gpu_experts(tokens, layer) + single, pieces) * share
     choices = 8.0 * tokens * (ffn.top_k if ffn.routed else 0)
     return {
         Op.OFFLOAD_ROUTES: times.d2h(choices),
-        Op.LOAD_E: rates.task_s + misses * brought,
-        Op.EXPERTS: rates.task_s + computed,
+        Op.LOAD_E: handed_over + misses * brought,
+        Op.EXPERTS: handed_over + computed,
         Op.ADD_FFN: rates.task_s + addition_seconds(times, tokens, layer),
     }

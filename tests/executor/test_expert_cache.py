@@ -13,14 +13,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from executor.checkpoint import Checkpoint
+from executor.expert_cache import DeviceExperts
 from executor.families import Routed
 from executor.families.common import CommonLayer
 from executor.generate import generate
+from executor.memory import DeviceMemory
 from executor.recording import RouteRecorder
 from hrm import Hardware, Policy
 from hrm.errors import DoesNotFit, HrmError, InvalidValue
 from hrm.memory import batch_footprint
-from hrm.pipeline import BatchShape
+from hrm.pipeline import PIECES_IN_FLIGHT, BatchShape
 from simulator import simulate
 from simulator.experts.cache import CACHE_POLICIES, ExpertCache
 from simulator.experts.synthesis import draw_choices
@@ -109,6 +111,55 @@ def test_predicted_misses_are_those_of_a_run(
     played = simulate(model, rates, policy, shape, cache_policy=name, exact=True, keep_timeline=True).timeline
     predicted = float(played.bytes[played.schedule.mask(Op.LOAD_E)].sum())
     assert predicted == pytest.approx(result.expert_cache["bytes"], rel=0.06)
+
+
+@settings(max_examples=60, deadline=None)
+@given(slots=st.integers(1, 9), name=st.sampled_from(ONLINE), seed=st.integers(0, 10**6), eager=st.floats(0, 1))
+def test_no_slot_is_filled_while_it_is_read(tiny: Checkpoint, slots: int, name: str, seed: int, eager: float) -> None:
+    """In whatever order two lanes come to their pieces, as far as they wait, all find their experts' weights."""
+    model, numbers = tiny.model, random.Random(seed)
+    ffn, each = model.layers[0].ffn, torch.arange(1.0, 1 + model.layers[0].ffn.num_experts)
+    host = [(each + 20 * layer).repeat_interleave(ffn.expert_parameters) for layer in range(model.num_layers)]
+    memory = DeviceMemory(2**40, torch.device("cpu"))
+    cache = DeviceExperts(model, memory, torch.float32, slots=slots, policy=name, host=host)
+    visits = [(step, layer, 0) for step in range(8) for layer in range(model.num_layers)]
+    tokens = [numbers.choice([1, 1, 3]) for _ in visits]
+    choices = [
+        torch.tensor([numbers.sample(range(ffn.num_experts), ffn.top_k) for _ in range(count)]) for count in tokens
+    ]
+    totals = [torch.zeros(count, model.hidden_size) for count in tokens]
+    count, pieces = len(visits) * cache.num_pieces, cache.num_pieces
+    loaded = computed = 0
+    computing = False
+
+    def may_load() -> bool:
+        visit, piece = divmod(loaded, pieces)
+        return computed > loaded - PIECES_IN_FLIGHT or (piece > 0 and cache.nothing_comes(*visits[visit], piece))
+
+    def may_compute() -> bool:
+        visit, piece = divmod(computed, pieces)
+        known = piece > 0 and loaded > visit * pieces
+        return loaded > computed or (known and cache.nothing_to_compute(*visits[visit], piece))
+
+    while computed < count:
+        loads = loaded < count and may_load()
+        if loads and (numbers.random() < eager or not (computing or may_compute())):
+            visit, piece = divmod(loaded, pieces)
+            if piece == 0:
+                cache.visit(*visits[visit], choices[visit])
+            cache.bring(*visits[visit], piece, lambda target, source: target.copy_(source))
+            loaded += 1
+        elif not computing:  # what is loaded from here on is loaded while it runs
+            assert may_compute()
+            computing = True
+        else:
+            visit, piece = divmod(computed, pieces)
+            routed = torch.ones(tokens[visit], model.hidden_size), choices[visit], torch.ones(choices[visit].shape)
+            cache.compute(*visits[visit], piece, routed, totals[visit], lambda x: x.chunk(2, dim=-1)[0])
+            computed, computing = computed + 1, False
+    for (_, layer, _), chosen, total in zip(visits, choices, totals, strict=True):
+        sums = ((each[chosen] + 20 * layer) ** 2).sum(dim=1) * model.hidden_size * ffn.intermediate_size
+        torch.testing.assert_close(total, sums[:, None].expand_as(total), rtol=1e-4, atol=0.0)
 
 
 def test_the_timeline_carries_the_bytes_that_were_missed(tiny: Checkpoint) -> None:

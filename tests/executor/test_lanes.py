@@ -39,6 +39,26 @@ def test_every_task_runs_once_after_its_dependencies() -> None:
             assert start[task.id] >= end[dep]
 
 
+def test_a_task_with_nothing_to_do_does_not_wait() -> None:
+    """It ends before what it would have waited for; the others wait as ever."""
+    schedule = cgopipe(num_layers=2, num_micro_batches=2, decode_steps=2)
+    place, gone = (1, 1, 1), threading.Event()
+
+    def attend(step: int, layer: int, part: int, ready: float) -> None:
+        assert (step, layer, part) != place or gone.wait(30), "LoadH(1,1,1) waited."
+
+    def load(step: int, layer: int, part: int, ready: float) -> None:
+        if (step, layer, part) == place:
+            gone.set()
+
+    handlers = {op: (lambda *_: None) for op in Op} | {Op.CPU_ATTN: attend, Op.LOAD_H: load}
+    idle = {Op.LOAD_H: lambda *where: where == place}
+    start, end = run_lanes(schedule, handlers, device=CPU, idle=idle)
+    for task in schedule:
+        waited = all(start[task.id] >= end[dep] for dep in task.deps)
+        assert waited != (task.op is Op.LOAD_H and (task.step, task.layer, task.part) == place)
+
+
 def test_a_failing_task_stops_all_lanes() -> None:
     """The first error comes out as itself, and no worker is left behind."""
     schedule = cgopipe(num_layers=4, num_micro_batches=3, decode_steps=2)
