@@ -6,8 +6,9 @@ What leaves a cache is, among the residents that the batch needs no more, the ex
 soon. Here that likelihood is a weighted sum of many guesses: `next-use` itself; how often recent batches used an
 expert, over six spans; votes of past batches like this one, alike in this layer or in all layers, in several forms;
 products of these. The weights are those that miss least on the very trace, batches and slots that are judged, found
-by random search from `next-use` on. No policy could know them beforehand: what the search reaches is no policy, but
-says how far combinations of such guesses go. Prints miss rates as shares of inactive-first LIFO's.
+by random search from `next-use` on, for so many minutes. No policy could know them beforehand. What the search
+reaches is neither a policy nor a bound on all of them, but says what weighing such guesses better could bring. Prints
+miss rates as shares of inactive-first LIFO's.
 """
 
 from __future__ import annotations
@@ -222,7 +223,7 @@ def main() -> None:
     if options.out:
         command = " ".join(["python", *(Path(word).name if Path(word).is_absolute() else word for word in sys.argv)])
         result = {"command": command, "machine": machine_facts(), "tried": tried, "rows": rows}
-        result["weights"] = dict(zip(search.names, weights.round(4).tolist(), strict=True))
+        result["weights"] = dict(zip(search.names, weights.tolist(), strict=True))
         options.out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
 
 

@@ -268,10 +268,10 @@ class Compute:
     def nothing_to_compute(self, step: int, layer: int, number: int) -> bool:
         """Whether no expert is in the piece of Experts."""
         part, piece = self._places.piece(number)
-        if not self._places.rows(step, part) or not self._places.model.layers[layer].ffn.routed:
-            return piece > 0
         cache = self._weights.experts_cached
-        return cache is not None and cache.nothing_to_compute(step, layer, part, piece)
+        if not self._places.rows(step, part) or not self._places.model.layers[layer].ffn.routed or cache is None:
+            return piece > 0
+        return cache.nothing_to_compute(step, layer, part, piece)
 
     def _routed(self, slot: FfnSlot, step: int, layer: int, part: int) -> Routed:
         n, k = self._places.rows(step, part), self._places.model.layers[layer].ffn.top_k

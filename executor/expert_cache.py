@@ -222,4 +222,5 @@ class DeviceExperts:
             runs = [(self._views[slot], start, stop) for slot, start, stop in chunk]
             add_runs(total, x, visit.order, weight, runs, activation)
         if piece == self.num_pieces - 1:
+            visit.order = None  # the other lane may hold the visit for a while
             del self._visits[step, layer, part]

@@ -137,7 +137,7 @@ def cached_seconds(
     brought = rates.transfer_s + expert / rates.h2d_bandwidth
     if rates.fetches_pageable:
         brought += expert / rates.staging_bandwidth
-    # Tasks of pieces that have no expert wait for nobody.
+    # A piece without experts is not handed over. (Here it still waits its turn; in the executor it does not.)
     first = np.tile(np.arange(pieces) == 0, len(tokens))
     handed_over = rates.task_s * np.where(first, 1.0, np.minimum(1.0, misses))
     single = active_experts(ffn, tokens) * rates.single_expert_s if ffn.routed else 0.0 * tokens

@@ -135,6 +135,8 @@ class Timeline:
             while closes > opens:
                 causes = [int(d) for d in schedule.deps[schedule.dep_start[current] : schedule.dep_start[current + 1]]]
                 causes += [int(before[current])] if before[current] >= 0 else []
+                # A task with nothing to do may have ended before what others in its place would wait for.
+                causes = [cause for cause in causes if self.end[cause] <= self.end[current]] or causes[-1:]
                 if not causes:
                     break
                 current = max(causes, key=lambda cause: self.end[cause])

@@ -322,6 +322,7 @@ def _vote_by_rows(votes, masks, given, row, count):  # type: ignore[no-untyped-d
 def next_use(  # type: ignore[no-untyped-def]
     experts, offsets, num_experts, slots, missed, window, one, short, long, latest, judge, weights
 ):  # fmt: skip
+    one = np.int64(one)  # without numba, too
     words = (num_experts + 63) // 64
     ring = window + 1
     past = np.zeros((ring, words), np.uint64)
@@ -390,7 +391,7 @@ def next_use(  # type: ignore[no-untyped-def]
             batch_of[i] = b
             earlier[i] = newest[experts[i]]
             newest[experts[i]] = i
-        short_met, long_met = 0, 0
+        short_met, long_met = np.int64(0), np.int64(0)
         for i in range(begin, end):
             expert = experts[i]
             short_met += lately[expert] >> 8
@@ -419,7 +420,7 @@ def next_use(  # type: ignore[no-untyped-def]
                     if not ranked:
                         # Nobody is ranked before somebody has to leave.
                         ranked = True
-                        total = _likeness_votes(met, before, weights, given)
+                        total = np.int64(_likeness_votes(met, before, weights, given))
                         votes[:] = 0
                         if not needs_masks or (count and 12 * (end - offsets[oldest]) < count * num_experts):
                             seen = slice(offsets[oldest + 1], end)

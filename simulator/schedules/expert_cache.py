@@ -3,8 +3,8 @@
 Every routed layer has K slots on the device; all experts lie in host memory. Once a micro-batch is routed, its choices
 go to the host, which knows then which experts the cache lacks. The active experts are cut into a fixed number of
 pieces: first those that are there, then the missing ones in increasing id. While one piece is computed, the experts of
-the next one come. So what a task carries depends on the tokens, but not which tasks there are nor what waits for what
-(but that a piece which turns out to be empty need not wait).
+the next one come. So what a task carries depends on the tokens, but not which tasks there are nor what waits for what;
+only, a piece that turns out to be empty does not wait.
 
 =============  ======================================================================================================
 OffloadRoutes  <- k expert indices per token in R on the device. -> the same in R on the host.

@@ -214,6 +214,20 @@ def test_waits_follow_what_ended_last() -> None:
     assert timeline.waits(Lane.PIN) == {}
 
 
+def test_what_ended_later_was_not_waited_for() -> None:
+    """A task that turned out to have nothing to do may end before its dependencies: the way goes on past it."""
+    schedule = story(
+        "LoadExperts(1,0,0) @h2d\n"
+        "Experts(1,0,0) @gpu < LoadExperts(1,0,0)\n"
+        "LoadExperts(1,0,1) @h2d\n"
+        "Experts(1,0,1) @gpu < LoadExperts(1,0,1)\n"
+        "OffloadQKV(1,0,0) @d2h < Experts(1,0,1)"
+    )
+    none = np.zeros(5)
+    start, end = np.array([0.0, 8, 10.5, 10, 10]), np.array([8.0, 10, 10.5, 10, 11])
+    assert Timeline(schedule, start, end, none, none).waits(Lane.D2H) == {"LoadExperts": 8.0, "Experts": 2.0}
+
+
 def test_what_nothing_ran_for_is_told() -> None:
     """Before the first task, and between tasks that nothing held up."""
     schedule = story("PreAttn(1,0,0) @gpu\nPostAttn(1,0,0) @gpu < PreAttn(1,0,0)")

@@ -10,8 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hrm.errors import InvalidValue, UnknownName
-from simulator.experts.cache import CACHE_POLICIES, DEFAULT_POLICY, ExpertCache
+from simulator.experts.cache import CACHE_POLICIES, DEFAULT_POLICY, ExpertCache, NextUse
 from simulator.experts.replay import layer_accesses, replay
+from simulator.experts.replay_kernels import next_use
 from simulator.experts.study import expected_miss_rate, miss_rates, uniform_miss_rate
 from simulator.experts.synthesis import Knobs, Routing, synthesize
 from simulator.experts.trace import RoutingTrace
@@ -173,6 +174,23 @@ def test_replay_agrees_with_the_classes(trace: RoutingTrace, slots: int) -> None
         assert replay(policy, accesses, slots).tolist() == expected, policy
 
 
+@settings(max_examples=60, deadline=None)
+@given(trace=traces(), slots=st.integers(1, 10), policy=st.sampled_from([p for p in POLICIES if p != "min"]))
+def test_who_leaves_ranks_highest(trace: RoutingTrace, slots: int, policy: str) -> None:
+    """However a policy finds it, the expert that leaves is the one that `rank` says."""
+    kind = CACHE_POLICIES[policy]
+    ours, cache = kind(slots, trace.num_experts), ExpertCache(policy, slots, trace.num_experts)
+    for active in layer_accesses(trace, layer=0).batches():
+        there = set(cache.resident)
+        ours.start(active)
+        for expert, hit, evicted in cache.batch(active):
+            if evicted is not None:
+                assert evicted == max(there, key=lambda e: ours.rank(e, expert))
+                there.remove(evicted)
+            there.add(expert)
+            (ours.hit if hit else ours.admit)(expert)
+
+
 @settings(max_examples=100, deadline=None)
 @given(trace=traces(), slots=st.integers(1, 9))
 def test_min_is_a_lower_bound(trace: RoutingTrace, slots: int) -> None:
@@ -302,6 +320,18 @@ def test_replay_agrees_on_longer_traces(experts: int, k: int, batch: int, batche
     for policy in POLICIES:
         expected = [not hit for _, hit, _ in play(policy, sets, 5, experts)]
         assert replay(policy, accesses, 5).tolist() == expected, policy
+
+
+def test_next_use_replays_alike_without_numba() -> None:
+    """The same loop in plain Python, where numbers of fixed size do not grow."""
+    shape = Routing(num_layers=1, num_experts=12, top_k=2, batch_tokens=1)
+    accesses = layer_accesses(synthesize(shape, batches=150, knobs=Knobs(spread=1.5, memory=0.8)), layer=0)
+    plain = getattr(next_use, "py_func", next_use)
+    missed = np.zeros(len(accesses), np.uint8)
+    constants = NextUse.window(12), NextUse.ONE, *NextUse.FORGET, NextUse.LATEST, NextUse.JUDGE
+    with np.errstate(over="raise"):
+        plain(accesses.experts, accesses.offsets, 12, 4, missed, *constants, np.array(NextUse.WEIGHTS))
+    assert missed.tolist() == replay("next-use", accesses, 4).tolist()
 
 
 def test_replay_agrees_where_few_and_many_experts_take_turns() -> None:
