@@ -45,8 +45,7 @@ from benchmarks.accelerate_peer import PEERS  # noqa: E402
 from benchmarks.executor_cases import CPU_CASES, Case, cuda_cases, open_checkpoint  # noqa: E402
 from benchmarks.executor_report import report, save_figure, table  # noqa: E402
 from benchmarks.executor_runs import OWN, Bench  # noqa: E402
-from executor.generate import pick_device  # noqa: E402
-from executor.machine import machine_facts  # noqa: E402
+from executor.machine import machine_facts, pick_device  # noqa: E402
 from experiments.records import OutOfTime, Records, commit, say  # noqa: E402
 from hrm import Policy  # noqa: E402
 from hrm.errors import HrmError, InvalidValue  # noqa: E402

@@ -14,9 +14,10 @@ import torch
 from benchmarks.accelerate_peer import PEERS, PROBE_PASSES, Peer
 from benchmarks.executor_cases import Case
 from executor.checkpoint import Checkpoint
-from executor.generate import auto_policy, generate
+from executor.generate import generate
 from executor.jobs import batches
 from executor.machine import OtherLoad, ram_bytes
+from executor.placements import auto_policy
 from executor.probe import probe
 from experiments.records import OutOfTime, Records, say
 from hrm import BatchShape, Hardware, MoEModel, Policy, Workload, plan

@@ -54,7 +54,8 @@ from benchmarks.gpu_proof import Options, Proof  # noqa: E402
 from benchmarks.gpu_report import failures, report  # noqa: E402
 from benchmarks.gpu_upper import upper  # noqa: E402
 from benchmarks.gpu_validate import validate  # noqa: E402
-from executor.generate import DEFAULT_LINK_BANDWIDTH, pick_device  # noqa: E402
+from executor.lanes import DEFAULT_LINK_BANDWIDTH  # noqa: E402
+from executor.machine import pick_device  # noqa: E402
 from experiments.records import OutOfTime, say  # noqa: E402
 from hrm.errors import HrmError, InvalidValue, UnknownName  # noqa: E402
 from hrm.units import parse_bandwidth  # noqa: E402

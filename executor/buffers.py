@@ -47,6 +47,11 @@ class Sizes:
     kv_share: float
     """Share of the requests whose KV lies on the device."""
 
+    @property
+    def longest_room(self) -> int:
+        """Rows of the KV cache of the longest request."""
+        return max((room for batch in (*self.host_rooms, *self.device_rooms) for room in batch), default=0)
+
 
 class Slot:
     """Buffers of one micro-batch in flight on one side of the link: queries, new cache rows, attention output."""
@@ -125,7 +130,8 @@ class Buffers:
         ]
         self.prompt_slots = [self._device("prefill_slots", most_tokens * h) for _ in ring]
         self.kv_slots = [self._device("prefill_slots", most_tokens * rows) for _ in ring]
-        memory.reserve("workspace", int(workspace_bytes(model, most_tokens, most)))
+        longest = sizes.longest_room if policy.attention_on_gpu else 0
+        memory.reserve("workspace", int(workspace_bytes(model, most_tokens, most, longest)))
         if gate is not None:
             memory.reserve("gating", int(gate.bytes(model, max(most_tokens, most))))
         self.host_slots = [Slot(self._host(most * wide), self._host(most * attended)) for _ in ring]

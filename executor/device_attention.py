@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 import torch.nn.functional as F
+
+from hrm.pipeline import ATTENTION_CHUNK_BYTES, attention_bytes_per_token
 
 __all__ = ["device_attention"]
 
@@ -25,44 +29,84 @@ def device_attention(
     """One query per sequence over its rows of an arena; arguments as those of `cpu_attention.decode_attention`.
 
     The query group that shares a key is folded into the query length, so that keys and values are read once for all
-    of it. Where runs lie at equal distances they are read in place, else they are gathered first.
+    of it. Where runs lie at equal distances and torch has a fused kernel, they are read in place; else as many
+    sequences at a time are gathered as `hrm.pipeline.ATTENTION_CHUNK_BYTES` allows.
 
     Parameters
     ----------
     starts, lengths : Tensor, [n]
         On the host.
     """
-    n, heads = q.shape[0], q.shape[1] // key_dim
-    longest = int(lengths.max())
-    rows = _rows(kv, starts, longest)
-    keys = rows[..., : num_kv_heads * key_dim].unflatten(2, (num_kv_heads, key_dim)).transpose(1, 2)
-    values = rows[..., value_offset : value_offset + num_kv_heads * value_dim]
-    values = values.unflatten(2, (num_kv_heads, value_dim)).transpose(1, 2)
-    folded = q.view(n, num_kv_heads, heads // num_kv_heads, key_dim)
-    mask = None
-    if int(lengths.min()) < longest:
-        hidden = torch.arange(longest) >= lengths[:, None]
-        mask = torch.zeros(hidden.shape, dtype=q.dtype).masked_fill_(hidden, float("-inf"))[:, None, None]
-        mask = mask.to(q.device, non_blocking=True)
-    if sinks is None:
-        attended = F.scaled_dot_product_attention(folded, keys, values, attn_mask=mask, scale=scale)
-    else:
-        scores = (folded @ keys.transpose(2, 3)).mul_(scale).float()
-        if mask is not None:
-            scores += mask
-        sink = sinks.view(1, num_kv_heads, -1, 1).expand(n, -1, -1, 1)
-        weights = torch.cat([scores, sink], dim=-1).softmax(dim=-1)[..., :-1]
-        attended = weights.to(values.dtype) @ values
-    out.view(n, num_kv_heads, heads // num_kv_heads, value_dim).copy_(attended)
+    n, heads, row = q.shape[0], q.shape[1] // key_dim, kv.shape[1]
+    latent = value_offset == 0
+    grid = (num_kv_heads, heads // num_kv_heads)
+    queries, outputs = q.view(n, *grid, key_dim), out.view(n, *grid, value_dim)
+    sink = None if sinks is None else sinks.view(1, *grid, 1)
+    per_token = attention_bytes_per_token(row, heads, q.dtype.itemsize, latent=latent)
+    in_place = sinks is None and not latent and _apart(kv, starts, int(lengths.max())) is not None
+    room = None if in_place else ATTENTION_CHUNK_BYTES / per_token
+    for some in _parts(lengths.tolist(), room):
+        longest = int(lengths[some].max())
+        rows = _rows(kv, starts[some], longest)
+        keys = rows[..., : num_kv_heads * key_dim].unflatten(2, (num_kv_heads, key_dim)).transpose(1, 2)
+        values = rows[..., value_offset : value_offset + num_kv_heads * value_dim]
+        values = values.unflatten(2, (num_kv_heads, value_dim)).transpose(1, 2)
+        mask = _end_mask(lengths[some], longest, q)
+        outputs[some] = _attended(queries[some], keys, values, mask, scale, sink)
+
+
+def _parts(lengths: list[int], room: float | None) -> Iterator[slice]:
+    """Sequences in order, so many at a time that all of them as long as the longest have no more tokens than `room`."""
+    first, longest = 0, 0
+    for i, length in enumerate(lengths):
+        longest = max(longest, length)
+        if room is not None and i > first and (i + 1 - first) * longest > room:
+            yield slice(first, i)
+            first, longest = i, length
+    yield slice(first, len(lengths))
+
+
+def _end_mask(lengths: torch.Tensor, longest: int, like: torch.Tensor) -> torch.Tensor | None:
+    """What is added to scores, [n, 1, 1, longest], so that no sequence sees past its end; None where none would."""
+    if int(lengths.min()) == longest:
+        return None
+    beyond = torch.arange(longest) >= lengths[:, None]
+    mask = torch.zeros(beyond.shape, dtype=like.dtype).masked_fill_(beyond, float("-inf"))[:, None, None]
+    return mask.to(like.device, non_blocking=True)
+
+
+def _attended(
+    queries: torch.Tensor,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    mask: torch.Tensor | None,
+    scale: float,
+    sink: torch.Tensor | None,
+) -> torch.Tensor:
+    """``[n, kv heads, group, value_dim]``"""
+    if sink is None:
+        return F.scaled_dot_product_attention(queries, keys, values, attn_mask=mask, scale=scale)
+    scores = (queries @ keys.transpose(2, 3)).mul_(scale).float()
+    if mask is not None:
+        scores += mask
+    weights = torch.cat([scores, sink.expand(len(queries), -1, -1, 1)], dim=-1).softmax(dim=-1)[..., :-1]
+    return weights.to(values.dtype) @ values
+
+
+def _apart(kv: torch.Tensor, starts: torch.Tensor, longest: int) -> int | None:
+    """Rows from one run to the next, if they are always as many and each run has room for `longest`; None if not."""
+    n = len(starts)
+    apart = int(starts[1] - starts[0]) if n > 1 else longest
+    last = int(starts[0]) + (n - 1) * apart + longest
+    alike = apart >= longest and last <= kv.shape[0] and bool((starts.diff() == apart).all())
+    return apart if alike else None
 
 
 def _rows(kv: torch.Tensor, starts: torch.Tensor, longest: int) -> torch.Tensor:
     """Rows of every sequence, ``[n, longest, row]``; what lies behind a shorter sequence's end is not its own."""
-    first, n = int(starts[0]), len(starts)
-    apart = int(starts[1] - starts[0]) if n > 1 else longest
-    last = first + (n - 1) * apart + longest
-    if apart >= longest and last <= kv.shape[0] and bool((starts.diff() == apart).all()):
-        offset = kv.storage_offset() + first * kv.stride(0)
-        return kv.as_strided((n, longest, kv.shape[1]), (apart * kv.stride(0), kv.stride(0), 1), offset)
-    index = (starts[:, None] + torch.arange(longest)).clamp(max=kv.shape[0] - 1)
-    return kv[index.to(kv.device)]
+    apart = _apart(kv, starts, longest)
+    if apart is None:
+        index = (starts[:, None] + torch.arange(longest)).clamp(max=kv.shape[0] - 1)
+        return kv[index.to(kv.device)]
+    offset = kv.storage_offset() + int(starts[0]) * kv.stride(0)
+    return kv.as_strided((len(starts), longest, kv.shape[1]), (apart * kv.stride(0), kv.stride(0), 1), offset)

@@ -23,12 +23,25 @@ from executor.machine import core_count
 from hrm.errors import InvalidValue
 from simulator.task import LANES, OPS, Lane, Op, Schedule
 
-__all__ = ["Failure", "Handler", "Idle", "PacedLink", "lane_cores", "lane_threads", "run_lanes", "settle"]
+__all__ = [
+    "DEFAULT_LINK_BANDWIDTH",
+    "Failure",
+    "Handler",
+    "Idle",
+    "PacedLink",
+    "lane_cores",
+    "lane_threads",
+    "run_lanes",
+    "settle",
+]
 
 Handler = Callable[[int, int, int, float], None]
 """Runs a task: (step, layer, part, moment at which its dependencies were met)."""
 Idle = Callable[[int, int, int], bool]
 """Whether a task, (step, layer, part), turns out to have nothing to do."""
+
+DEFAULT_LINK_BANDWIDTH = 2e9
+"""Bytes/s of the paced link where there is no GPU."""
 
 _WAKE_UP_SLACK_S = 3e-4
 _SPIN_S = 1e-4

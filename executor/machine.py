@@ -11,7 +11,9 @@ from typing import Any
 
 import torch
 
-__all__ = ["OtherLoad", "core_count", "machine_facts", "ram_bytes"]
+from hrm.errors import InvalidValue
+
+__all__ = ["OtherLoad", "core_count", "machine_facts", "pick_device", "ram_bytes"]
 
 
 def core_count() -> int:
@@ -29,6 +31,17 @@ def ram_bytes() -> int:
         return min(total, int(limit)) if limit.isdigit() else total
     except OSError:
         return total
+
+
+def pick_device(name: str | None) -> torch.device:
+    """The device called `name`; by default CUDA where there is one, else the CPU's second heap."""
+    if name is None:
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name not in ("cuda", "cpu"):
+        raise InvalidValue(f"'device' must be 'cuda' or 'cpu': {name!r}")
+    if name == "cuda" and not torch.cuda.is_available():
+        raise InvalidValue("device 'cuda' is not available here; use --device cpu.")
+    return torch.device("cuda", torch.cuda.current_device()) if name == "cuda" else torch.device("cpu")
 
 
 def machine_facts() -> dict[str, Any]:

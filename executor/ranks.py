@@ -28,7 +28,7 @@ import torch
 import torch.distributed as dist
 
 from executor.families import Shard
-from executor.generate import pick_device
+from executor.machine import pick_device
 from hrm.errors import HrmError, InvalidValue
 
 __all__ = ["Member", "RankLost", "Team", "environment_ranks", "follow", "join", "launch"]

@@ -21,8 +21,9 @@ from pathlib import Path
 from typing import Any
 
 from executor.checkpoint import Checkpoint
-from executor.generate import DEFAULT_LINK_BANDWIDTH, check_requests, generate, pick_device
-from executor.machine import ram_bytes
+from executor.generate import check_requests, generate
+from executor.lanes import DEFAULT_LINK_BANDWIDTH
+from executor.machine import pick_device, ram_bytes
 from executor.placements import PINNED_SHARE, auto_policy, check_memory, check_runnable
 from executor.ranks import Member, Team
 from executor.results import GenerationResult

@@ -21,7 +21,7 @@ from experiments.options import (
     json_option,
     paced_link_option,
 )
-from experiments.output import emit, make_folder
+from experiments.output import emit
 from experiments.planning import plan_command, roofline_command, simulate_command, sweep_command
 from experiments.reproducing import reproduce_command
 from experiments.running import make_checkpoint_command, probe_command
@@ -113,7 +113,6 @@ def validate_command(as_json: bool, **options: Any) -> None:
     with executor_needed():
         from experiments.validation import render, run_validation
 
-        make_folder(options["out"])
         result = run_validation(as_json=as_json, **options)
     (options["out"] / "table.txt").write_text(render(result) + "\n")
     emit(result, lambda: render(result), as_json=as_json)

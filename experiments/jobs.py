@@ -38,7 +38,7 @@ from simulator.timeline import Timeline
 
 if TYPE_CHECKING:
     from executor.checkpoint import Checkpoint
-    from executor.generate import Answer, GenerationResult
+    from executor.results import Answer, GenerationResult
 
 __all__ = ["run_command"]
 
@@ -137,7 +137,7 @@ def run_command(
         check_runnable(system, policy)
         from executor.checkpoint import Checkpoint
         from executor.gating import make_gating
-        from executor.generate import pick_device
+        from executor.machine import pick_device
         from executor.recording import RouteRecorder
         from executor.sampling import Sampling
     if gating is not None:

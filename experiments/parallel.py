@@ -15,8 +15,8 @@ from hrm.errors import InvalidValue
 if TYPE_CHECKING:
     from executor.checkpoint import Checkpoint
     from executor.families import Shard
-    from executor.generate import GenerationResult
     from executor.ranks import Team
+    from executor.results import GenerationResult
 
 __all__ = ["Ranks", "tp_option"]
 
@@ -101,9 +101,9 @@ class Ranks:
         device: Any,
         **options: Any,
     ) -> Policy:
-        """As `executor.generate.auto_policy`; without `hardware`, what is measured is this process' part."""
+        """As `executor.placements.auto_policy`; without `hardware`, what is measured is this process' part."""
         if self.world == 1:
-            from executor.generate import auto_policy
+            from executor.placements import auto_policy
 
             machine = hardware or measure(checkpoint.model, self._device)
             return auto_policy(checkpoint, prompt_lens, gen_len, hardware=machine, device=device, **options)

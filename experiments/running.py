@@ -20,7 +20,7 @@ DEVICE = click.option("--device", type=click.Choice(["cuda", "cpu"]), help="Defa
 
 def measure(model: MoEModel, device: str | None) -> Hardware:
     """Probe this machine, with a progress bar."""
-    from executor.generate import pick_device
+    from executor.machine import pick_device
     from executor.probe import probe
 
     target = pick_device(device)

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from experiments.kept_runs import KeptRuns
+from experiments.output import make_folder
 from experiments.records import Records, commit, say
 from experiments.validation_cases import QUICK, Case, validation_cases
 from experiments.validation_report import judged, render, roofs, write
@@ -74,19 +75,21 @@ def run_validation(
         ``cases``, ``mean_abs_error``, ``worst_abs_error``, ``machine``, ``plan``, ``files``.
     """
     from executor.checkpoint import Checkpoint
-    from executor.generate import pick_device
+    from executor.machine import pick_device
     from executor.probe import Prober
 
     if rounds < 1:
         raise InvalidValue(f"'rounds' must be >= 1: {rounds}")
     started, version = time.monotonic(), commit()
-    out = out or Path("out")
-    out.mkdir(parents=True, exist_ok=True)
     target = pick_device(device)
+    # Nothing is made for a call that is refused.
+    opened = None if checkpoint is None else Checkpoint.open(checkpoint)
+    out = out or Path("out")
+    make_folder(out)
     if checkpoint is None:
         checkpoint = _demo_checkpoint(out, say)
         device_memory = device_memory or _DEMO_DEVICE_MEMORY
-    opened = Checkpoint.open(checkpoint)
+    opened = opened or Checkpoint.open(checkpoint)
     pace = None if target.type == "cuda" else link_bandwidth
     say("probing this machine")
     prober = Prober(opened.model, device=target, progress=lambda text: say(f"  {text}"))

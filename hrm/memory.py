@@ -144,7 +144,9 @@ def footprint(
         "rotary_table": 2 * (longest_prompt + gen_len) * model.head_dim * b,
         "decode_slots": ACTIVATION_SLOTS * activation_bytes(model, micro_batch_size) / t,
         "prefill_slots": ACTIVATION_SLOTS * prefill_slot_bytes(model, micro_batch_tokens),
-        "workspace": workspace_bytes(model, micro_batch_tokens, micro_batch_size),
+        "workspace": workspace_bytes(
+            model, micro_batch_tokens, micro_batch_size, longest_prompt + gen_len if attention_on_gpu else 0
+        ),
     }
     cpu: dict[str, Any] = {
         "streamed_experts": whole * WEIGHTS_STREAMED,

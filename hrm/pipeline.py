@@ -13,6 +13,7 @@ from hrm.model import MoEModel
 
 __all__ = [
     "ACTIVATION_SLOTS",
+    "ATTENTION_CHUNK_BYTES",
     "EXPERT_PIECES",
     "FFN_CHUNK_ROWS",
     "LOOKAHEAD",
@@ -49,6 +50,9 @@ def expert_pieces(num_experts: int) -> tuple[int, int]:
 
 FFN_CHUNK_ROWS = 2048
 """Most choices of experts that are computed at a time; bounds the workspace of prefill."""
+
+ATTENTION_CHUNK_BYTES = 2**25
+"""Decode attention on a GPU takes as many sequences at a time as keep its temporaries within this; one at least."""
 
 
 @dataclass(frozen=True)
@@ -154,7 +158,23 @@ def _attentions(model: MoEModel) -> list[Attention]:
     return [layer.attention for layer in model.kinds]
 
 
-def workspace_bytes(model: MoEModel, tokens: Any, sequences: Any) -> Any:
+def attention_bytes_per_token(row: int, heads: int, dtype_bytes: float, *, latent: bool) -> float:
+    """Device bytes of temporaries per cached token that decode attention on a GPU reads.
+
+    Rows that are gathered, every head's scores in several forms, and keys and values laid side by side; latent ones,
+    which are too wide for torch's fused kernels, in float32 and scaled.
+
+    Parameters
+    ----------
+    row : int
+        Elements of a token's KV cache in one layer.
+    heads : int
+        Query heads.
+    """
+    return row * (dtype_bytes + (12 if latent else dtype_bytes)) + heads * (12 + 2 * dtype_bytes)
+
+
+def workspace_bytes(model: MoEModel, tokens: Any, sequences: Any, context: Any = 0) -> Any:
     """Device bytes that kernels need at most for temporaries.
 
     Parameters
@@ -163,6 +183,8 @@ def workspace_bytes(model: MoEModel, tokens: Any, sequences: Any) -> Any:
         Most tokens a prefill kernel handles.
     sequences : int
         Most sequences a decode kernel handles.
+    context : int
+        Most tokens a sequence has where the GPU computes decode attention; 0 where the CPU does.
     """
     import numpy as np
 
@@ -175,4 +197,9 @@ def workspace_bytes(model: MoEModel, tokens: Any, sequences: Any) -> Any:
     inner = max(max(layer.ffn.intermediate_size, layer.ffn.shared_size) for layer in model.kinds)
     ffn = b * (3 * tokens * h + chunk * (2 * h + 4 * inner)) + 12 * tokens * h + routing
     head = sequences * (model.vocab_size * b + 4 * h * b + 12 * h)
-    return np.maximum(np.maximum(attention, ffn), head) + math.ldexp(1, 16)
+    one = context * max(
+        attention_bytes_per_token(a.kv_elements, a.num_heads, b, latent=a.kv_rank is not None)
+        for a in _attentions(model)
+    )
+    decode = np.minimum(sequences * one, np.maximum(one, ATTENTION_CHUNK_BYTES))
+    return np.maximum(np.maximum(attention, ffn), np.maximum(head, decode)) + math.ldexp(1, 16)

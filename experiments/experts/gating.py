@@ -174,8 +174,7 @@ def _measure(
     import torch
 
     from executor.gating.bench import Layer, largest_batch, measure, variants
-    from executor.generate import pick_device
-    from executor.machine import machine_facts
+    from executor.machine import machine_facts, pick_device
 
     gates = variants(shape, names)
     dtype, device = getattr(torch, options["dtype"]), pick_device(options["device"])

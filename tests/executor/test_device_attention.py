@@ -8,11 +8,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from executor.cpu_attention import decode_attention_torch
-from executor.device_attention import device_attention
+from executor.device_attention import _parts, device_attention
 from executor.grouped_experts import grouped_ffn
 from executor.kernels import moe_ffn
 from executor.weight_layout import LayerWeights
 from hrm.layers import FeedForward
+from hrm.pipeline import attention_bytes_per_token
+from tests.executor.live_bytes import LiveBytes
 
 needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 
@@ -44,6 +46,41 @@ def compare(device: str, dtype: torch.dtype, *, latent: bool, sinks: bool, even:
 def test_agrees_with_the_host_kernel(latent: bool, sinks: bool, even: bool, n: int, seed: int) -> None:
     """Grouped and latent heads, sinks, runs at equal distances or anywhere, uneven lengths."""
     compare("cpu", torch.float32, latent=latent, sinks=sinks, even=even, n=n, seed=seed)
+
+
+@pytest.mark.parametrize("chunk", [1, 10_000, 2**20])
+@pytest.mark.parametrize("latent", [False, True])
+@pytest.mark.parametrize("sinks", [False, True])
+def test_stays_within_its_memory(monkeypatch: pytest.MonkeyPatch, chunk: int, latent: bool, sinks: bool) -> None:
+    """However little there is for temporaries, the results are the same; and it is as little as the footprint says."""
+    monkeypatch.setattr("executor.device_attention.ATTENTION_CHUNK_BYTES", chunk)
+    for even in (False, True):
+        compare("cpu", torch.float32, latent=latent, sinks=sinks, even=even, n=9, seed=1)
+    n, context, heads, kv_heads, dim = 12, 200, 8, 1 if latent else 2, 24
+    row = dim if latent else 2 * kv_heads * dim
+    starts, lengths = torch.arange(n) * (context + 1), torch.full((n,), context)
+    starts[-1] += 1  # not at equal distances
+    kv, out = torch.randn(n * (context + 2), row), torch.empty(n, heads * 16)
+    one = context * attention_bytes_per_token(row, heads, 4, latent=latent)
+    with LiveBytes() as live:
+        device_attention(
+            torch.randn(n, heads * dim), kv, starts, lengths, out,
+            num_kv_heads=kv_heads, key_dim=dim, value_dim=16, value_offset=0 if latent else kv_heads * dim, scale=0.2,
+            sinks=torch.randn(heads) if sinks else None,
+        )  # fmt: skip
+    inputs = 4 * (n * heads * dim + heads)
+    assert live.peak <= inputs + min(n * one, max(one, chunk)) + 2**16
+
+
+@pytest.mark.parametrize(("lengths", "room", "expected"), [
+    ([5, 5, 5], None, [3]),
+    ([5, 5, 5], 10, [2, 1]),
+    ([9, 1, 1, 8], 4, [1, 2, 1]),
+    ([1, 9], 10, [1, 1]),
+])  # fmt: skip
+def test_parts_have_room(lengths: list[int], room: float | None, expected: list[int]) -> None:
+    """As many sequences as have room when all are as long as the longest of them; one that has not goes alone."""
+    assert [part.stop - part.start for part in _parts(lengths, room)] == expected
 
 
 @pytest.mark.cuda

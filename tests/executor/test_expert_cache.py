@@ -244,8 +244,8 @@ def test_popularity_of_another_model_is_refused(tiny: Checkpoint) -> None:
 
 def test_a_run_that_fails_leaves_an_empty_cache(tiny: Checkpoint, monkeypatch: pytest.MonkeyPatch) -> None:
     """After an error in mid-run the next job starts from an empty cache and is right."""
+    from executor.engine import Executor
     from executor.expert_cache import DeviceExperts
-    from executor.generate import Executor
 
     policy = Policy(batch_size=2, micro_batch_size=2, expert_slots=2)
     executor = Executor(tiny, policy, max_tokens=40, device=torch.device("cpu"), link_bandwidth=None)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-import weakref
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -13,7 +12,6 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from executor.checkpoint import Checkpoint, make_checkpoint
 from executor.families import FAMILIES, WHOLE, Shard, family_of
@@ -23,6 +21,7 @@ from hrm.errors import CheckpointError, InvalidConfig, InvalidValue
 from hrm.model import MoEModel
 from hrm.pipeline import workspace_bytes
 from tests.executor.family_configs import CONFIGS, SPLITTABLE
+from tests.executor.live_bytes import LiveBytes
 from tests.executor.reference_loop import Part, errors, from_pretrained, reference, run, worst
 
 
@@ -98,34 +97,6 @@ def test_counted_parameters_are_those_on_disk(family_folder: Callable[[str], Pat
             sizes: list[int] = []
             part.read_dense(number, lambda key, t, into=sizes: into.append(0 if key.endswith(extra) else t.numel()))
             assert sum(sizes) == kind.dense_parameters
-
-
-class LiveBytes(TorchDispatchMode):
-    """Counts the bytes of storages that operators allocate and that are still alive."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.live = self.peak = 0
-        self._known: set[int] = set()
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        out = func(*args, **(kwargs or {}))
-        inputs = {t.untyped_storage()._cdata for t in args if isinstance(t, torch.Tensor)}
-        for tensor in out if isinstance(out, tuple | list) else [out]:
-            if isinstance(tensor, torch.Tensor):
-                storage = tensor.untyped_storage()
-                key = storage._cdata
-                if key not in inputs and key not in self._known:
-                    self._known.add(key)
-                    self.live += storage.nbytes()
-                    self.peak = max(self.peak, self.live)
-                    weakref.finalize(tensor, self._drop, key, storage.nbytes())
-        return out
-
-    def _drop(self, key: int, size: int) -> None:
-        if key in self._known:
-            self._known.discard(key)
-            self.live -= size
 
 
 @pytest.mark.parametrize(("sequences", "length"), [(1, 1), (4, 24), (1, 120)])

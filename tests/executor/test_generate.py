@@ -12,8 +12,11 @@ import pytest
 import torch
 
 from executor.checkpoint import Checkpoint, make_checkpoint
-from executor.generate import Answer, Executor, generate, pick_device
+from executor.engine import Executor
+from executor.generate import generate
 from executor.jobs import batches
+from executor.machine import pick_device
+from executor.results import Answer
 from hrm import BatchShape, Hardware, Policy
 from hrm.catalog import model_config
 from hrm.errors import DoesNotFit, InvalidValue

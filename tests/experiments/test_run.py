@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import json
 import os
 from pathlib import Path
@@ -161,8 +160,7 @@ def test_out_of_memory_for_weights_is_one_line(run: Any, tmp_path: Path, monkeyp
         raise torch.cuda.OutOfMemoryError("no more")
 
     out = tmp_path / "o.jsonl"
-    # The package's function of that name hides the module.
-    monkeypatch.setattr(importlib.import_module("executor.generate"), "WeightStore", full)
+    monkeypatch.setattr("executor.engine.WeightStore", full)
     done = run("--random-prompts", "6,8", "--out", out, policy=["--batch-size", "4", "--weights-on-gpu", "0.5"])
     assert done.code == 3 and done.err.count("\n") == 1 and not out.exists()
     assert "out of memory for the weights of tiny; try --weights-on-gpu 0.25" in done.err
@@ -356,7 +354,7 @@ def test_policy_is_planned_from_a_hardware_file(hrm: Any, checkpoint: Path, syst
 
 def test_default_link_pace_is_the_executors(run: Any) -> None:
     """The pace shown in the help is the one that the executor uses on its own, and the report names it."""
-    from executor.generate import DEFAULT_LINK_BANDWIDTH
+    from executor.lanes import DEFAULT_LINK_BANDWIDTH
 
     assert parse_bandwidth(PACED_LINK) == DEFAULT_LINK_BANDWIDTH
     done = run("--random-prompts", "2,4", "--link-bandwidth", "3GB/s")

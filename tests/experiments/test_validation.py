@@ -21,7 +21,7 @@ from experiments.records import Records
 from experiments.validation_cases import Case
 from experiments.validation_runs import Run, Runs
 from hrm.catalog import model_config
-from hrm.errors import InvalidValue
+from hrm.errors import CheckpointError, InvalidValue
 from simulator import Timeline
 
 
@@ -182,3 +182,11 @@ def test_no_rounds_are_refused(tmp_path: Path) -> None:
     """One line, before anything is probed."""
     with pytest.raises(InvalidValue, match="'rounds' must be >= 1: 0"):
         validation.run_validation(quick=True, out=tmp_path, rounds=0)
+
+
+def test_what_is_refused_leaves_no_folder(tmp_path: Path) -> None:
+    """A folder that is no checkpoint: one line, and nothing is made."""
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(CheckpointError):
+        validation.run_validation(checkpoint=tmp_path / "empty", device="cpu", out=tmp_path / "out")
+    assert not (tmp_path / "out").exists()

@@ -10,9 +10,11 @@ from hrm import BatchShape, MoEModel
 from hrm.errors import InvalidValue
 from hrm.pipeline import (
     ACTIVATION_SLOTS,
+    ATTENTION_CHUNK_BYTES,
     LOOKAHEAD,
     PINNED_PAGES,
     activation_bytes,
+    attention_bytes_per_token,
     page_bytes,
     prefill_slot_bytes,
     workspace_bytes,
@@ -92,3 +94,16 @@ def test_workspace_never_shrinks(tokens: int, sequences: int, more: int) -> None
     assert base <= workspace_bytes(MIXTRAL, tokens + more, sequences)
     assert base <= workspace_bytes(MIXTRAL, tokens, sequences + more)
     assert base >= sequences * MIXTRAL.vocab_size * 2  # the logits alone
+
+
+def test_attention_on_a_gpu_takes_workspace_up_to_a_chunk() -> None:
+    """Temporaries of decode attention grow with sequences until they fill a chunk, then only with the context."""
+    few, some, many, longer = (
+        workspace_bytes(MIXTRAL, 1, sequences, context)
+        for sequences, context in ((1, 1000), (2, 1000), (500, 1000), (500, 10_000))
+    )
+    one = 1000 * attention_bytes_per_token(2048, 32, 2, latent=False)
+    assert few == one + 2**16
+    assert some == 2 * one + 2**16
+    assert many == max(ATTENTION_CHUNK_BYTES + 2**16, workspace_bytes(MIXTRAL, 1, 500))
+    assert longer == 10 * one + 2**16
