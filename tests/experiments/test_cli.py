@@ -485,6 +485,7 @@ def test_validate_hands_its_options_on(
 
     def run_validation(**options: Any) -> dict[str, Any]:
         seen.update(options)
+        options["out"].mkdir()
         return {"cases": []}
 
     module = SimpleNamespace(run_validation=run_validation, render=lambda result: "a table")
