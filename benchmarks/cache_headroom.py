@@ -28,6 +28,7 @@ _ROOT = Path(__file__).resolve().parents[1]
 sys.path[0] = str(_ROOT)
 
 from executor.machine import machine_facts  # noqa: E402
+from experiments.records import commit  # noqa: E402
 from simulator.experts.cache import DEFAULT_POLICY, Min, NextUse  # noqa: E402
 from simulator.experts.replay import layer_accesses, replay  # noqa: E402
 from simulator.experts.trace import RoutingTrace  # noqa: E402
@@ -222,7 +223,13 @@ def main() -> None:
         )
     if options.out:
         command = " ".join(["python", *(Path(word).name if Path(word).is_absolute() else word for word in sys.argv)])
-        result = {"command": command, "machine": machine_facts(), "tried": tried, "rows": rows}
+        result = {
+            "command": command,
+            "machine": machine_facts(),
+            "commit": commit(),
+            "tried": tried,
+            "rows": rows,
+        }
         result["weights"] = dict(zip(search.names, weights.tolist(), strict=True))
         options.out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
 

@@ -32,6 +32,7 @@ from torch import Tensor  # noqa: E402
 
 from executor.cpu_attention import decode_attention, native_kernel  # noqa: E402
 from executor.machine import OtherLoad, machine_facts  # noqa: E402
+from experiments.records import commit  # noqa: E402
 
 _ARENA_BYTES = 256 * 2**20
 _LEAST_S = 0.015
@@ -249,6 +250,7 @@ def main() -> None:
     result: dict[str, Any] = {
         "command": " ".join(["python", *sys.argv]),
         "machine": machine_facts(),
+        "commit": commit(),
         "kernel": native_kernel(),
         "rounds": rounds,
         "arena_bytes": _ARENA_BYTES,

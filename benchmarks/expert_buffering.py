@@ -42,6 +42,7 @@ from executor.generate import generate  # noqa: E402
 from executor.machine import OtherLoad, machine_facts  # noqa: E402
 from executor.probe import Prober  # noqa: E402
 from executor.recording import RouteRecorder  # noqa: E402
+from experiments.records import commit  # noqa: E402
 from hrm import BatchShape, Hardware, Policy  # noqa: E402
 from hrm.catalog import model_config  # noqa: E402
 from hrm.memory import batch_footprint  # noqa: E402
@@ -261,6 +262,7 @@ def main() -> None:
     result = {
         "command": shlex.join(["python", *sys.argv]),
         "machine": machine_facts(),
+        "commit": commit(),
         "model": str(model),
         "router_skew": _SKEW,
         "most_popular_quarter": float(sum(sorted(shares)[-len(shares) // 4 :])),

@@ -27,6 +27,7 @@ import numba  # noqa: E402
 import numpy as np  # noqa: E402
 
 from executor.machine import OtherLoad, machine_facts  # noqa: E402
+from experiments.records import commit  # noqa: E402
 from simulator.experts.cache import CACHE_POLICIES, DEFAULT_POLICY, NextUse  # noqa: E402
 from simulator.experts.replay import layer_accesses, replay  # noqa: E402
 from simulator.experts.study import miss_rates, replay_warm_up  # noqa: E402
@@ -122,7 +123,12 @@ def main() -> None:
     options = parser.parse_args()
     rounds, scale = (3, 10) if options.quick else (9, 1)
     command = " ".join(["python", *(Path(word).name if Path(word).is_absolute() else word for word in sys.argv)])
-    result: dict[str, Any] = {"command": command, "machine": machine_facts(), "numba": numba.__version__}
+    result: dict[str, Any] = {
+        "command": command,
+        "machine": machine_facts(),
+        "commit": commit(),
+        "numba": numba.__version__,
+    }
     replay_warm_up()
     with OtherLoad() as load:
         for label, routing, tokens, slots in (

@@ -16,6 +16,7 @@ import sys
 from executor.checkpoint import Checkpoint
 from executor.generate import generate
 from executor.machine import machine_facts
+from experiments.records import commit
 from hrm import BatchShape, Policy
 from hrm.memory import batch_footprint
 
@@ -59,6 +60,7 @@ def main(path: str) -> None:
                 "counted_host_bytes": result.peak_memory["host_bytes"],
                 "device_bytes": result.peak_memory["device_bytes"],
                 "machine": machine_facts(),
+                "commit": commit(),
             },
             indent=1,
         )

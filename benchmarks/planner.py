@@ -24,6 +24,7 @@ import numpy as np
 import pulp
 import scipy
 
+from experiments.records import commit
 from hrm import Hardware, HrmError, MoEModel, Workload, plan, plan_grid
 from hrm.catalog import names
 from hrm.paper import paper_problem
@@ -125,6 +126,7 @@ def main() -> None:
         "command": " ".join(["python", *sys.argv]),
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "machine": {"cpu": _cpu(), "python": platform.python_version()},
+        "commit": commit(),
         "versions": {"numpy": np.__version__, "scipy": scipy.__version__, "pulp": pulp.__version__},
     }
     result["paper"] = paper_search()

@@ -32,6 +32,7 @@ import numba  # noqa: E402
 import numpy as np  # noqa: E402
 import simpy  # noqa: E402
 
+from experiments.records import commit  # noqa: E402
 from hrm import BatchShape, Hardware, MoEModel, Policy  # noqa: E402
 from simulator.costs import Costing  # noqa: E402
 from simulator.engine import Program, play, play_segments, warm_up  # noqa: E402
@@ -201,6 +202,7 @@ def main() -> None:
         "command": " ".join(["python", *sys.argv]),
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "machine": {"cpu": _cpu(), "python": platform.python_version()},
+        "commit": commit(),
         "versions": {"numpy": np.__version__, "numba": numba.__version__, "simpy": simpy.__version__},
         "rounds": rounds,
     }

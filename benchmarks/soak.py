@@ -31,6 +31,7 @@ import torch  # noqa: E402
 
 from executor.checkpoint import make_checkpoint  # noqa: E402
 from executor.machine import machine_facts  # noqa: E402
+from experiments.records import commit  # noqa: E402
 from hrm.catalog import model_config  # noqa: E402
 
 _GEN_LEN, _LONGEST = 24, 60
@@ -240,6 +241,7 @@ def main() -> None:
     result = {
         "command": " ".join(["python", *sys.argv]),
         "machine": machine_facts(),
+        "commit": commit(),
         "seed": options.seed,
         "job": f"{shown} FILE",
         "passed": fine,
